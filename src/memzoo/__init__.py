@@ -18,8 +18,12 @@ _EXPORTS = {
     "MaruForSequenceClassification": "memzoo.modeling.maru.modeling_maru",
     "MaruTokenizer": "memzoo.modeling.maru.tokenization_maru",
     "MemoryCache": "memzoo.modeling.cache",
-    "MemoryGenerationMixin": "memzoo.modeling.generation",
+    "MemoryGenerationMixin": "memzoo.modeling.cache",
+    "parameter_breakdown": "memzoo.modeling.statistics",
 }
+
+# package of each family -> its classes' common prefix
+_FAMILIES = {"maru": "Maru"}
 
 __all__ = ["__version__", *_EXPORTS]
 
@@ -35,6 +39,10 @@ def __dir__() -> list[str]:
 
 
 def _register_families() -> None:
+    """Tell transformers' Auto classes, and its tables of class names, about every family.
+
+    The tables of names are what Trainer's label smoothing and the pipelines look a class up in.
+    """
     from transformers import (
         AutoConfig,
         AutoModel,
@@ -42,14 +50,26 @@ def _register_families() -> None:
         AutoModelForSequenceClassification,
         AutoTokenizer,
     )
+    from transformers.models.auto import modeling_auto as names
 
-    from memzoo.modeling import maru
-
-    AutoConfig.register("maru", maru.MaruConfig, exist_ok=True)
-    AutoModel.register(maru.MaruConfig, maru.MaruModel, exist_ok=True)
-    AutoModelForCausalLM.register(maru.MaruConfig, maru.MaruForCausalLM, exist_ok=True)
-    AutoModelForSequenceClassification.register(maru.MaruConfig, maru.MaruForSequenceClassification, exist_ok=True)
-    AutoTokenizer.register(maru.MaruConfig, maru.MaruTokenizer, exist_ok=True)
+    heads = {
+        "Model": (AutoModel, names.MODEL_MAPPING_NAMES),
+        "ForCausalLM": (AutoModelForCausalLM, names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
+        "ForSequenceClassification": (
+            AutoModelForSequenceClassification,
+            names.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        ),
+    }
+    for model_type, prefix in _FAMILIES.items():
+        family = importlib.import_module(f"memzoo.modeling.{model_type}")
+        config_class = getattr(family, f"{prefix}Config")
+        AutoConfig.register(model_type, config_class, exist_ok=True)
+        for suffix, (auto_class, table) in heads.items():
+            if (model_class := getattr(family, prefix + suffix, None)) is not None:
+                auto_class.register(config_class, model_class, exist_ok=True)
+                table[model_type] = prefix + suffix
+        if (tokenizer := getattr(family, f"{prefix}Tokenizer", None)) is not None:
+            AutoTokenizer.register(config_class, tokenizer, exist_ok=True)
 
 
 _register_families()

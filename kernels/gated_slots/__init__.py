@@ -1,0 +1,71 @@
+"""Banks of slots with gated writes: Gated Slot Attention (arXiv 2409.07146, eq. 7), K banks, a separate erase gate."""
+
+import torch
+from torch import Tensor
+
+from memzoo.kernels.gated_slots.chunked import CHUNK, gated_slots_chunked
+from memzoo.kernels.gated_slots.reference import MAX_ERASE, MIN_DECAY
+from memzoo.kernels.gated_slots.reference import gated_slots as reference
+
+__all__ = ["CHUNK", "MAX_ERASE", "MIN_DECAY", "gated_slots", "reference"]
+
+
+def gated_slots(
+    read_logits: Tensor,
+    write_logits: Tensor,
+    router: Tensor,
+    write_gate: Tensor,
+    erase: Tensor,
+    value: Tensor,
+    initial_state: Tensor,
+    decay: float = 1.0,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Read K banks of S slots, then write them, for every token.
+
+    alpha_t = softmax_S(read_logits_t);      y_t = sum_k router_tk sum_s alpha_tks M_{t-1,ks}
+    w_t = router_t gate_t softmax_S(write_logits_t)
+    M_t = decay (1 - MAX_ERASE w_t erase_t) M_{t-1} + w_t value_t'
+
+    Addresses do not depend on M, so each slot is a linear recurrence and the whole sequence is computed chunk by chunk
+    with matrix products, as gated linear attention (arXiv 2312.06635, section 4) with the slots as its key dimension.
+
+    Args:
+        read_logits, write_logits: [B, T, K, S].
+        router: [B, T, K], weights of the banks. write_gate, erase: [B, T] in [0, 1].
+        value: [B, T, m].
+        initial_state: M_0 [B, K, S, m].
+        decay: in [MIN_DECAY, 1], what every slot keeps per token.
+        mask: [B, T], 0 for pads, which leave M exactly as it was.
+
+    Returns:
+        y [B, T, m] in value's dtype and the final state [B, K, S, m] in at least float32.
+
+    Raises:
+        ValueError: a shape or the decay does not fit.
+    """
+    B, T, K, S = read_logits.shape
+    m = value.shape[-1]
+    expected = {
+        "write_logits": (write_logits, (B, T, K, S)),
+        "router": (router, (B, T, K)),
+        "write_gate": (write_gate, (B, T)),
+        "erase": (erase, (B, T)),
+        "value": (value, (B, T, m)),
+        "initial_state": (initial_state, (B, K, S, m)),
+        **({} if mask is None else {"mask": (mask, (B, T))}),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"gated_slots: {name} is {list(tensor.shape)}, expected {list(shape)}")
+    if T == 0 or not MIN_DECAY <= decay <= 1.0:
+        raise ValueError(f"gated_slots needs T > 0 and {MIN_DECAY} <= decay <= 1, not T={T}, decay={decay}")
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    inputs = [x.to(dtype) for x in (read_logits, write_logits, router, write_gate, erase, value, initial_state)]
+    if mask is not None:
+        mask = mask.to(dtype)
+    if T == 1:
+        y, state, _ = reference(*inputs, decay=decay, mask=mask)
+    else:
+        y, state = gated_slots_chunked(*inputs, decay, mask)
+    return y.to(value.dtype), state

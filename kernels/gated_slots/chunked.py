@@ -1,0 +1,233 @@
+"""Gated slots by chunks of matrix products, with a hand-written backward that recomputes.
+
+Slots are flattened to N = K S. With q_t = router alpha, k_t = w, g_t the log-decay of each slot and G = cumsum(g) from
+the chunk's start, a chunk of C tokens that starts from M is
+
+    Q = q exp(G - g),  K = k exp(-G)                # [C, N]; K stays finite because C and g are bounded
+    y = Q M + tril(Q K', -1) v
+    M' = exp(G_C) M + (K exp(G_C))' v
+
+No factor of a token depends on a later one, so causality is exact to the last bit.
+
+Time is walked in segments of a few chunks that fit the cache. Forward keeps only the state at each segment's start;
+backward recomputes a segment, then walks its chunks. Memory is O(T (N + m)) for inputs and O(T / SEGMENT N m) for
+states.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from memzoo.kernels.gated_slots.reference import MAX_ERASE
+
+CHUNK = 16  # times -log(MIN_DECAY (1 - MAX_ERASE)) = 5.3 it must stay below -log(smallest normal float32) = 87.3
+SEGMENT = 128
+
+
+class _Segment(NamedTuple):
+    """What a segment computes before it needs the state. n chunks of C tokens, N = K S slots."""
+
+    alpha: Tensor  # [B, n, C, K, S] softmax of the read logits
+    omega: Tensor  # [B, n, C, K, S] softmax of the write logits
+    write: Tensor  # [B, n, C, K] router * gate * mask
+    mask: Tensor  # [B, n, C, 1]
+    router: Tensor  # [B, n, C, K]
+    gate: Tensor  # [B, n, C]
+    erase: Tensor  # [B, n, C]
+    keep: Tensor  # [B, n, C, N] 1 - MAX_ERASE w erase
+    up: Tensor  # [B, n, C, N] exp(G - g)
+    down: Tensor  # [B, n, C, N] exp(-G)
+    Q: Tensor  # [B, n, C, N]
+    K: Tensor  # [B, n, C, N]
+    A: Tensor  # [B, n, C, C] tril(Q K', -1)
+    end: Tensor  # [B, n, 1, N] exp(G_C)
+    value: Tensor  # [B, n, C, m]
+
+
+def _pieces(T: int) -> list[tuple[int, int]]:
+    return [(t, min(t + SEGMENT, T)) for t in range(0, T, SEGMENT)]
+
+
+def _to_chunks(x: Tensor, n: int, C: int) -> Tensor:
+    """[B, L, ...] -> [B, n, C, ...], zeros after the end."""
+    if pad := n * C - x.shape[1]:
+        x = torch.cat([x, x.new_zeros(x.shape[0], pad, *x.shape[2:])], 1)
+    return x.reshape(x.shape[0], n, C, *x.shape[2:])
+
+
+def _prepare(inputs: list[Tensor], decay: float, mask: Tensor) -> _Segment:
+    L = mask.shape[1]
+    C = min(CHUNK, L)
+    n = -(-L // C)
+    read, write, router, gate, erase, value = (_to_chunks(x, n, C) for x in inputs)
+    mask = _to_chunks(mask, n, C)[..., None]
+    alpha, omega = read.softmax(-1), write.softmax(-1)
+    scale = router * gate[..., None] * mask  # [B, n, C, K]
+    w = (scale[..., None] * omega).flatten(-2)
+    keep = (w * (-MAX_ERASE * erase[..., None])).add_(1.0)
+    g = keep.log()
+    if decay != 1.0:
+        g = g + math.log(decay) * mask
+    G = g.cumsum(2)
+    down = (-G).exp_()
+    up = (G - g).exp_()
+    Q = (router[..., None] * alpha).flatten(-2).mul_(up)
+    K = w.mul_(down)
+    A = (Q @ K.mT).tril(-1)
+    return _Segment(alpha, omega, scale, mask, router, gate, erase, keep, up, down, Q, K, A, G[:, :, -1:].exp(), value)
+
+
+def _states(s: _Segment, state: Tensor) -> tuple[list[Tensor], Tensor]:
+    """The state at each chunk's start, and after the last chunk; state [B, N, m]."""
+    update = (s.K * s.end).mT @ s.value  # [B, n, N, m]
+    through = s.end.mT  # [B, n, N, 1]
+    starts = []
+    for i in range(update.shape[1]):
+        starts.append(state)
+        state = torch.addcmul(update[:, i], through[:, i], state)
+    return starts, state
+
+
+@torch.library.custom_op("memzoo::gated_slots", mutates_args=())
+def _forward(
+    read_logits: Tensor,
+    write_logits: Tensor,
+    router: Tensor,
+    write_gate: Tensor,
+    erase: Tensor,
+    value: Tensor,
+    initial_state: Tensor,
+    decay: float,
+    mask: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns y [B, T, m], the final state [B, K, S, m] and the states at the segments' starts [B, segments, N, m]."""
+    B, T, m = value.shape
+    tensors = [read_logits, write_logits, router, write_gate, erase, value]
+    state, y, saved = initial_state.flatten(1, 2), torch.empty_like(value), []
+    for a, b in _pieces(T):
+        saved.append(state)
+        s = _prepare([x[:, a:b] for x in tensors], decay, mask[:, a:b])
+        starts, state = _states(s, state)
+        out = s.A @ s.value + s.Q @ torch.stack(starts, 1)
+        y[:, a:b] = out.reshape(B, -1, m)[:, : b - a]
+    return y, state.view_as(initial_state).clone(), torch.stack(saved, 1)
+
+
+@_forward.register_fake
+def _(read_logits, write_logits, router, write_gate, erase, value, initial_state, decay, mask):
+    B, K, S, m = initial_state.shape
+    segments = -(-value.shape[1] // SEGMENT)
+    return torch.empty_like(value), torch.empty_like(initial_state), value.new_empty(B, segments, K * S, m)
+
+
+@torch.library.custom_op("memzoo::gated_slots_backward", mutates_args=())
+def _backward_op(
+    grad_y: Tensor,
+    grad_state: Tensor,
+    read_logits: Tensor,
+    write_logits: Tensor,
+    router: Tensor,
+    write_gate: Tensor,
+    erase: Tensor,
+    value: Tensor,
+    saved: Tensor,
+    decay: float,
+    mask: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    T = value.shape[1]
+    tensors = [read_logits, write_logits, router, write_gate, erase, value]
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
+    d_state = grad_state.flatten(1, 2)  # [B, N, m]
+    for i, (a, b) in reversed(list(enumerate(_pieces(T)))):
+        inputs = [x[:, a:b] for x in tensors]
+        d_pieces, d_state = _segment_backward(inputs, mask[:, a:b], decay, saved[:, i], grad_y[:, a:b], d_state)
+        for grad, d in zip(grads, d_pieces):
+            grad[:, a:b] = d.flatten(1, 2)[:, : b - a]
+    return *grads, d_state.reshape(grad_state.shape).clone()
+
+
+@_backward_op.register_fake
+def _(grad_y, grad_state, read_logits, write_logits, router, write_gate, erase, value, saved, decay, mask):
+    tensors = (read_logits, write_logits, router, write_gate, erase, value, grad_state)
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors)
+
+
+def _segment_backward(
+    inputs: list[Tensor], mask: Tensor, decay: float, state: Tensor, grad_y: Tensor, d_state: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    s = _prepare(inputs, decay, mask)
+    n, C = s.Q.shape[1:3]
+    banks = s.alpha.shape[-2:]
+    M = torch.stack(_states(s, state)[0], 1)  # [B, n, N, m]
+    dy = _to_chunks(grad_y, n, C)
+    through = s.end.mT  # [B, n, N, 1]
+    read = s.Q.mT @ dy  # [B, n, N, m]: how y depends on each chunk's start
+    d_ends = []  # gradient of the state after each chunk
+    for i in reversed(range(n)):
+        d_ends.append(d_state)
+        d_state = torch.addcmul(read[:, i], through[:, i], d_state)
+    d_end = torch.stack(d_ends[::-1], 1)  # [B, n, N, m]
+
+    dA = (dy @ s.value.mT).tril_(-1)
+    d_value = s.A.mT @ dy + (s.K * s.end) @ d_end
+    d_carry = (s.value @ d_end.mT).mul_(s.end)  # gradient of K from the state after the chunk
+    dQ = (dA @ s.K).add_(dy @ M.mT)
+    dK = (dA.mT @ s.Q).add_(d_carry)
+    # gradient of the log-decays: q gets exp(G - g), k gets exp(-G), the chunk's end gets exp(G_C)
+    q_part, k_part = s.Q * dQ, s.K * dK
+    total = (s.K * d_carry).sum(2) + (d_end * M).sum(-1) * through[..., 0]  # [B, n, N], of G_C
+    d_g = (q_part - k_part).flip(2).cumsum(2).flip(2).sub_(q_part).add_(total[:, :, None])
+    dq, dk = dQ.mul_(s.up).unflatten(-1, banks), dK.mul_(s.down)
+
+    w = s.write[..., None] * s.omega  # [B, n, C, K, S]
+    d_keep = d_g.div_(s.keep).mul_(-MAX_ERASE)
+    d_erase = (d_keep * w.flatten(-2)).sum(-1)
+    dw = dk.addcmul_(d_keep, s.erase[..., None]).unflatten(-1, banks)
+    d_read, d_router = _softmax_backward(s.alpha, dq, s.router)
+    d_write, d_scale = _softmax_backward(s.omega, dw, s.write)
+    d_scale = d_scale * s.mask
+    d_gate = (d_scale * s.router).sum(-1)
+    d_router = torch.addcmul(d_router, d_scale, s.gate[..., None])
+    return [d_read, d_write, d_router, d_gate, d_erase, d_value], d_state
+
+
+def _softmax_backward(p: Tensor, grad: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """For scale * p with p = softmax(logits): the gradients of the logits and of the scale."""
+    d_scale = (grad * p).sum(-1)
+    return (grad - d_scale[..., None]).mul_(p).mul_(scale[..., None]), d_scale
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, _, decay, mask = inputs
+    ctx.save_for_backward(*tensors, output[2], mask)
+    ctx.decay = decay
+
+
+def _backward(ctx, grad_y: Tensor, grad_state: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, saved, mask = ctx.saved_tensors
+    grads = _backward_op(grad_y, grad_state, *tensors, saved, ctx.decay, mask)
+    return *grads, None, None
+
+
+_forward.register_autograd(_backward, setup_context=_save)
+
+
+def gated_slots_chunked(
+    read_logits: Tensor,
+    write_logits: Tensor,
+    router: Tensor,
+    write_gate: Tensor,
+    erase: Tensor,
+    value: Tensor,
+    initial_state: Tensor,
+    decay: float = 1.0,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As the public op, for float32 and float64."""
+    if mask is None:
+        mask = value.new_ones(value.shape[:2])
+    tensors = (read_logits, write_logits, router, write_gate, erase, value, initial_state)
+    y, state, _ = _forward(*tensors, decay, mask)
+    return y, state
