@@ -4,16 +4,34 @@ Bare top-level packages of these names would collide in site-packages (Hugging F
 `src/memzoo/` holds the front door and relative links to the folders, for editors and type checkers.
 """
 
+from pathlib import Path
+
 from setuptools import find_namespace_packages, setup
+from setuptools.command.editable_wheel import editable_wheel
 
 FOLDERS = ["modeling", "adapters", "kernels", "training", "hub_cards"]
+
+
+class Editable(editable_wheel):
+    """Where git checked the links out as text files, an editable install links file by file instead.
+
+    setuptools' default finder does not find `memzoo.kernels`, which has no `__init__.py`, without the links.
+    """
+
+    def finalize_options(self):
+        super().finalize_options()
+        if not Path("src/memzoo/kernels").is_dir():
+            self.mode = "strict"
+
 
 packages = ["memzoo"]
 package_dir = {"memzoo": "src/memzoo"}
 for folder in FOLDERS:
     package_dir[f"memzoo.{folder}"] = folder
     packages.append(f"memzoo.{folder}")
-    packages += [f"memzoo.{folder}.{sub}" for sub in find_namespace_packages(folder, exclude=["*__pycache__*", "configs"])]
+    packages += [
+        f"memzoo.{folder}.{sub}" for sub in find_namespace_packages(folder, exclude=["*__pycache__*", "configs"])
+    ]
 
 extras = {
     "triton": ["triton>=3.4; platform_system == 'Linux'"],
@@ -23,11 +41,21 @@ extras = {
     "quality": ["ruff>=0.13", "mypy>=1.18", "types-PyYAML", "pre-commit>=4"],
 }
 extras["test"] = sorted(
-    {*extras["triton"], *extras["demo"], "pytest>=8", "pytest-xdist>=3.6", "parameterized>=0.9", "build>=1.2"}
+    {
+        *extras["triton"],
+        *extras["demo"],
+        "pytest>=8",
+        "pytest-xdist>=3.6",
+        "hypothesis>=6.100",
+        "parameterized>=0.9",
+        "build>=1.2",
+        "setuptools>=77",
+    }
 )
 extras["dev"] = sorted({*extras["test"], *extras["bench"], *extras["quality"]})
 
 setup(
+    cmdclass={"editable_wheel": Editable},
     packages=packages,
     package_dir=package_dir,
     package_data={"memzoo": ["py.typed"], "memzoo.training": ["configs/*.yaml"], "memzoo.hub_cards": ["*.md"]},

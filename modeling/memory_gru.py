@@ -5,18 +5,20 @@
 - `ParallelMemoryGRU`: a minGRU (arXiv 2410.01201) over gated slots (arXiv 2409.07146), whose gates and addresses
   depend on the input alone, so that cell and banks are linear recurrences, computed for all tokens at once.
 
-Both cells map g [B, T, H] to h [B, T, H]; their memory is `h` [B, H] and, with K > 0 banks, `banks` [B, K, S, m].
+Both cells map x [B, T, D] to h [B, T, H]; their memory is `h` [B, H] and, with K > 0 banks, `banks` [B, K, S, m].
+Everything that depends on the input alone is one projection, `x_proj`, of all tokens at once. (The original's input
+projection W_g is folded into it: two linear maps in a row are one.)
 """
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from memzoo.kernels.gated_slots import gated_slots
-from memzoo.kernels.gated_slots import reference as gated_slots_reference
-from memzoo.kernels.linear_scan import linear_scan
 from memzoo.kernels.memory_gru import MemoryGRUWeights, memory_gru
+from memzoo.kernels.memory_gru.reference import route
+from memzoo.kernels.memory_mingru import MemoryMinGRUWeights, memory_mingru, mingru, split_sizes
 from memzoo.modeling.maru.configuration_maru import MaruConfig
 
 INITIAL_STRENGTH = 8.0  # of addresses: a softmax over 128 cosines is flat without it
@@ -86,7 +88,11 @@ class RouterBalance(nn.Module):
 
 
 class MemoryRouter(nn.Module):
-    """l = W_2 ReLU(W_1 [g; h_{t-1}] + b_1) + b_2 over the routed banks; h only where the cell is sequential."""
+    """l = W_2 ReLU(W_x x + W_h h_{t-1} + b_1) + b_2 over the routed banks; h only where the cell is sequential.
+
+    W_x and b_1 are a part of the cell's `x_proj`. The logits are divided by the temperature inside the cells, through
+    `scaled`, which costs nothing per token.
+    """
 
     def __init__(self, config: MaruConfig, recurrent: bool) -> None:
         super().__init__()
@@ -95,7 +101,6 @@ class MemoryRouter(nn.Module):
         self.noise = config.memory_router_noise
         num_routed = config.memory_num_banks - int(config.memory_shared_bank)
         hidden = config.memory_router_hidden_size
-        self.x_proj = nn.Linear(config.cell_size, hidden)
         self.h_proj = nn.Linear(config.cell_size, hidden, bias=False) if recurrent else None
         self.out_proj = nn.Linear(hidden, num_routed)
         self.balance = RouterBalance(config, num_routed)
@@ -110,47 +115,42 @@ class MemoryRouter(nn.Module):
             bias = bias - torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))
         return bias
 
-    def weigh(self, logits: Tensor, offset: Tensor, mask: Tensor | None) -> Tensor:
-        """Bank weights [B, T, K] from logits [B, T, Kr]: softmax, top-k, the shared bank always on.
+    def scaled(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The tensors divided by the temperature."""
+        temperature = self.balance.temperature
+        if not isinstance(temperature, Tensor) and temperature == 1:
+            return tensors
+        return tuple(tensor / temperature for tensor in tensors)
 
-        The top k are not renormalised: with k = 1 the weight would be 1 and no gradient would reach the router
-        (Switch Transformers, arXiv 2101.03961, eq. 2).
-        """
-        p = ((logits + offset) / self.balance.temperature).softmax(-1)
-        if self.top_k is not None and self.top_k < p.shape[-1]:
-            values, banks = p.topk(self.top_k, dim=-1)
-            p = torch.zeros_like(p).scatter(-1, banks, values)
+    def finish(self, logits: Tensor, offset: Tensor, mask: Tensor | None) -> Tensor:
+        """Undo the scale of the cell's logits and, while training, count the routing for the balance."""
         if self.training:
-            self.balance.observe(p.detach(), mask)
-        return F.pad(p, (1, 0), value=1.0) if self.shared_bank else p
+            self.balance.observe(route(logits.detach() + offset, self.top_k, False), mask)
+        temperature = self.balance.temperature
+        return logits if not isinstance(temperature, Tensor) and temperature == 1 else logits * temperature
 
 
-class SequentialMemoryGRU(nn.Module):
-    """The cell of `memzoo.kernels.memory_gru`; what depends on the input is projected for all tokens at once."""
+class MemoryCell(nn.Module):
+    """What both cells share: x [B, T, D] -> h [B, T, H], the state, the router, the banks."""
 
-    def __init__(self, config: MaruConfig) -> None:
+    recurrent: bool
+
+    def __init__(self, config: MaruConfig, sizes: list[int]) -> None:
         super().__init__()
-        H, m = config.cell_size, config.memory_dim
+        self.sizes = sizes
+        self.cell_size = config.cell_size
         self.num_banks = config.memory_num_banks
-        self.decay = config.memory_decay
-        self.slot_norm_cap = config.memory_slot_norm_cap
-        self.gates_x = nn.Linear(H, 3 * H)  # reset, update, candidate
-        self.gates_h = nn.Linear(H, 3 * H, bias=False)
+        self.x_proj = nn.Linear(config.hidden_size, sum(sizes))
         if self.num_banks:
-            self.router = MemoryRouter(config, recurrent=True)
-            self.query_x = nn.Linear(H, m + 1)  # read query and strength
-            self.query_h = nn.Linear(H, m + 1, bias=False)
-            self.gates_c = nn.Linear(m, 3 * H, bias=False)
-            self.write_proj = nn.Linear(H, 3 * m + 2)  # key, strength, gate, erase, add
-            self.initial_banks = nn.Parameter(torch.empty(self.num_banks, config.memory_num_slots, m))
-
-    @torch.no_grad()
-    def init_weights(self, std: float) -> None:
-        if self.num_banks:
-            m = self.initial_banks.shape[-1]
-            init.normal_(self.initial_banks, std=m**-0.5)
-            for bias in (self.query_x.bias, self.write_proj.bias):
-                init.copy_(bias, F.pad(bias.new_tensor([INITIAL_STRENGTH]), (m, bias.numel() - m - 1)))
+            shape = (self.num_banks, config.memory_num_slots, config.memory_dim)
+            self.router = MemoryRouter(config, self.recurrent)
+            self.initial_banks = nn.Parameter(torch.empty(shape))
+            self.options = {
+                "top_k": config.memory_top_k,
+                "shared_bank": config.memory_shared_bank,
+                "decay": config.memory_decay,
+                "slot_norm_cap": config.memory_slot_norm_cap,
+            }
 
     def forward(
         self,
@@ -160,50 +160,71 @@ class SequentialMemoryGRU(nn.Module):
         output_memory_writes: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None, Tensor | None]:
         """Returns h [B, T, H], the new state, the router's logits [B, T, Kr] and, if asked, writes [B, T, K, S]."""
-        B, _, H = hidden_states.shape
+        B = hidden_states.shape[0]
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-        h0 = state["h"] if "h" in state else hidden_states.new_zeros(B, H, dtype=dtype)
-        x_gates = self.gates_x(hidden_states)
+        h0 = state["h"] if "h" in state else hidden_states.new_zeros(B, self.cell_size, dtype=dtype)
+        x = self.x_proj(hidden_states)
         if not self.num_banks:
-            return self._without_banks(x_gates, h0, mask)
+            h, h_last = self.run_without_banks(x, h0, mask)
+            return h, {"h": h_last}, None, None
         banks = state["banks"] if "banks" in state else self.initial_banks.to(dtype).expand(B, -1, -1, -1)
-        router, temperature = self.router, self.router.balance.temperature
-        offset = router.offset(hidden_states)
+        (offset,) = self.router.scaled(self.router.offset(x))
+        options = {**self.options, "mask": mask, "return_writes": output_memory_writes}
+        h, logits, (h_last, banks), *writes = self.run(x, h0, banks, offset, options)
+        logits = self.router.finish(logits, offset, mask)
+        return h, {"h": h_last, "banks": banks}, logits, writes[0] if writes else None
+
+    def run(self, x: Tensor, h0: Tensor, banks: Tensor, offset: Tensor, options: dict[str, Any]) -> tuple:
+        """The cell's kernel: h [B, T, H], logits [B, T, Kr], (h_T, banks_T), and the writes if asked."""
+        raise NotImplementedError
+
+    def run_without_banks(self, x: Tensor, h0: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The bare recurrence: h [B, T, H], h_T."""
+        raise NotImplementedError
+
+
+class SequentialMemoryGRU(MemoryCell):
+    """The cell of `memzoo.kernels.memory_gru`: gates, addresses and writes read h_{t-1}."""
+
+    recurrent = True
+
+    def __init__(self, config: MaruConfig) -> None:
+        H, m = config.cell_size, config.memory_dim
+        # router, read query and strength, then the gates: reset, update, candidate
+        banks = [config.memory_router_hidden_size, m + 1] if config.memory_num_banks else []
+        super().__init__(config, [*banks, 3 * H])
+        self.gates_h = nn.Linear(H, 3 * H, bias=False)
+        if self.num_banks:
+            self.query_h = nn.Linear(H, m + 1, bias=False)
+            self.gates_c = nn.Linear(m, 3 * H, bias=False)
+            self.write_proj = nn.Linear(H, 3 * m + 2)  # key, strength, gate, erase, add
+
+    @torch.no_grad()
+    def init_weights(self, std: float) -> None:
+        if self.num_banks:
+            m = self.initial_banks.shape[-1]
+            init.normal_(self.initial_banks, std=m**-0.5)  # addresses are content: equal slots would stay equal
+            _set(self.x_proj.bias, self.sizes[0] + m, INITIAL_STRENGTH)
+            _set(self.write_proj.bias, m, INITIAL_STRENGTH)
+
+    def run(self, x: Tensor, h0: Tensor, banks: Tensor, offset: Tensor, options: dict[str, Any]) -> tuple:
+        router_out, router_out_bias = self.router.scaled(self.router.out_proj.weight, self.router.out_proj.bias)
         weights = MemoryGRUWeights(
-            router_h=router.h_proj.weight,
-            router_out=router.out_proj.weight / temperature,
-            router_out_bias=router.out_proj.bias / temperature,
+            router_h=self.router.h_proj.weight,
+            router_out=router_out,
+            router_out_bias=router_out_bias,
             query_h=self.query_h.weight,
             gates_c=self.gates_c.weight,
             gates_h=self.gates_h.weight,
             write=self.write_proj.weight,
             write_bias=self.write_proj.bias,
         )
-        h, logits, (h_last, banks), *writes = memory_gru(
-            router.x_proj(hidden_states),
-            self.query_x(hidden_states),
-            x_gates,
-            h0,
-            banks,
-            weights,
-            router_bias=offset / temperature,
-            mask=mask,
-            top_k=router.top_k,
-            shared_bank=router.shared_bank,
-            decay=self.decay,
-            slot_norm_cap=self.slot_norm_cap,
-            return_writes=output_memory_writes,
-        )
-        logits = logits * temperature
-        if self.training:
-            router.weigh(logits.detach(), offset.detach(), mask)  # for the balance
-        return h, {"h": h_last, "banks": banks}, logits, writes[0] if writes else None
+        return memory_gru(*x.split(self.sizes, dim=-1), h0, banks, weights, router_bias=offset, **options)
 
-    def _without_banks(self, x_gates: Tensor, h0: Tensor, mask: Tensor | None):
+    def run_without_banks(self, x: Tensor, h0: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """A GRU: one bank of one empty slot that no gate reads."""
-        B, T, _ = x_gates.shape
-        H = h0.shape[1]
-        zeros = x_gates.new_zeros
+        B, T, _ = x.shape
+        H, zeros = self.cell_size, x.new_zeros
         weights = MemoryGRUWeights(
             router_h=zeros(1, H),
             router_out=zeros(1, 1),
@@ -214,32 +235,23 @@ class SequentialMemoryGRU(nn.Module):
             write=zeros(5, H),
             write_bias=zeros(5),
         )
-        h, _, (h_last, _) = memory_gru(
-            zeros(B, T, 1), zeros(B, T, 2), x_gates, h0, h0.new_zeros(B, 1, 1, 1), weights, mask=mask
-        )
-        return h, {"h": h_last}, None, None
+        bank = h0.new_zeros(B, 1, 1, 1)
+        h, _, (h_last, _) = memory_gru(zeros(B, T, 1), zeros(B, T, 2), x, h0, bank, weights, mask=mask)
+        return h, h_last
 
 
-class ParallelMemoryGRU(nn.Module):
-    """h_t = (1 - z_t) h_{t-1} + z_t n_t with z, n from [g_t; c_t]; c_t is read from gated slots at learned addresses.
+class ParallelMemoryGRU(MemoryCell):
+    """The cell of `memzoo.kernels.memory_mingru`: gates and addresses read the input, so time is computed at once."""
 
-    An address is a softmax over a bank's slots of strength * cos(query, slot key). z = sigmoid(.), n = tanh(.).
-    """
+    recurrent = False
 
     def __init__(self, config: MaruConfig) -> None:
-        super().__init__()
         H, m = config.cell_size, config.memory_dim
-        self.num_banks = config.memory_num_banks
-        self.decay = config.memory_decay
-        self.slot_norm_cap = config.memory_slot_norm_cap
-        self.gates_x = nn.Linear(H, 2 * H)  # update, candidate
+        sizes = split_sizes(config.memory_router_hidden_size, m, H) if config.memory_num_banks else [2 * H]
+        super().__init__(config, sizes)
         if self.num_banks:
-            self.router = MemoryRouter(config, recurrent=False)
-            self.query_x = nn.Linear(H, m + 1)  # read query and strength
             self.gates_c = nn.Linear(m, 2 * H, bias=False)
-            self.write_proj = nn.Linear(H, 2 * m + 3)  # key, strength, value, gate, erase
-            self.slot_keys = nn.Parameter(torch.empty(self.num_banks, config.memory_num_slots, m))
-            self.initial_banks = nn.Parameter(torch.empty(self.num_banks, config.memory_num_slots, m))
+            self.slot_keys = nn.Parameter(torch.empty_like(self.initial_banks))
 
     @torch.no_grad()
     def init_weights(self, std: float) -> None:
@@ -247,71 +259,19 @@ class ParallelMemoryGRU(nn.Module):
             m = self.initial_banks.shape[-1]
             init.normal_(self.slot_keys, std=m**-0.5)
             init.normal_(self.initial_banks, std=std)
-            for bias in (self.query_x.bias, self.write_proj.bias):
-                init.copy_(bias, F.pad(bias.new_tensor([INITIAL_STRENGTH]), (m, bias.numel() - m - 1)))
+            _set(self.x_proj.bias, slice(self.sizes[0] + 2 * m, self.sizes[0] + 2 * m + 2), INITIAL_STRENGTH)
 
-    def _address(self, query: Tensor, strength: Tensor) -> Tensor:
-        """Logits [B, T, K, S] of an address from a query [B, T, m] and a strength logit [B, T, 1]."""
-        query = F.normalize(query, dim=-1) * (1 + F.softplus(strength))
-        return (query @ F.normalize(self.slot_keys, dim=-1).flatten(0, 1).mT).unflatten(-1, self.slot_keys.shape[:2])
+    def run(self, x: Tensor, h0: Tensor, banks: Tensor, offset: Tensor, options: dict[str, Any]) -> tuple:
+        router = self.router.scaled(self.router.out_proj.weight, self.router.out_proj.bias)
+        weights = MemoryMinGRUWeights(*router, self.slot_keys, self.gates_c.weight)
+        return memory_mingru(x, h0, banks, weights, offset, **options)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        state: dict[str, Tensor],
-        mask: Tensor | None = None,
-        output_memory_writes: bool = False,
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None, Tensor | None]:
-        """Returns h [B, T, H], the new state, the router's logits [B, T, Kr] and, if asked, writes [B, T, K, S]."""
-        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-        gates = self.gates_x(hidden_states)
-        logits = writes = None
-        new_state = {}
-        if self.num_banks:
-            read, new_state["banks"], logits, writes = self._memory(hidden_states, state, mask, output_memory_writes)
-            gates = gates + self.gates_c(read)
-        update, candidate = gates.to(dtype).chunk(2, dim=-1)
-        update = update.sigmoid()
-        if mask is not None:
-            update = update * mask[..., None]
-        h, new_state["h"] = linear_scan(1 - update, update * candidate.tanh(), state.get("h"))
-        return h.to(hidden_states.dtype), new_state, logits, writes
+    def run_without_banks(self, x: Tensor, h0: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        return mingru(x, h0, mask)
 
-    def _memory(
-        self, hidden_states: Tensor, state: dict[str, Tensor], mask: Tensor | None, output_memory_writes: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        m = self.slot_keys.shape[-1]
-        router = self.router
-        logits = router.out_proj(router.x_proj(hidden_states).relu())
-        weights = router.weigh(logits, router.offset(hidden_states), mask)
-        query, strength = self.query_x(hidden_states).split([m, 1], dim=-1)
-        key, key_strength, value, gate, erase = self.write_proj(hidden_states).split([m, 1, m, 1, 1], dim=-1)
-        value, gate, erase = value.tanh(), gate.sigmoid().squeeze(-1), erase.sigmoid().squeeze(-1)
-        if self.slot_norm_cap is not None:  # |M| <= cap and |v| <= erase cap imply |(1 - w e) M + w v| <= cap
-            cap = (erase * (0.99 * self.slot_norm_cap))[..., None]
-            value = value * (cap / value.norm(dim=-1, keepdim=True).clamp(min=1e-6)).clamp(max=1.0)
-        banks = state.get("banks")
-        if banks is None:
-            banks = self._first_banks().expand(hidden_states.shape[0], -1, -1, -1)
-        arguments = (
-            self._address(query, strength),
-            self._address(key, key_strength),
-            weights,
-            gate,
-            erase,
-            value,
-            banks,
-        )
-        read, banks = gated_slots(*arguments, decay=self.decay, mask=mask)
-        writes = None
-        if output_memory_writes:
-            with torch.no_grad():
-                writes = gated_slots_reference(*arguments, decay=self.decay, mask=mask)[2]
-        return read.to(hidden_states.dtype), banks, logits, writes
 
-    def _first_banks(self) -> Tensor:
-        banks = self.initial_banks
-        if self.slot_norm_cap is not None:
-            norm = banks.norm(dim=-1, keepdim=True).clamp(min=1e-6)
-            banks = banks * (self.slot_norm_cap / norm).clamp(max=1.0)
-        return banks
+def _set(bias: Tensor, index: int | slice, value: float) -> None:
+    """Initialise a part of a bias, zero elsewhere."""
+    filled = torch.zeros_like(bias)
+    filled[index] = value
+    init.copy_(bias, filled)

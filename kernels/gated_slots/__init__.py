@@ -11,8 +11,7 @@ __all__ = ["CHUNK", "MAX_ERASE", "MIN_DECAY", "gated_slots", "reference"]
 
 
 def gated_slots(
-    read_logits: Tensor,
-    write_logits: Tensor,
+    logits: Tensor,
     router: Tensor,
     write_gate: Tensor,
     erase: Tensor,
@@ -23,15 +22,15 @@ def gated_slots(
 ) -> tuple[Tensor, Tensor]:
     """Read K banks of S slots, then write them, for every token.
 
-    alpha_t = softmax_S(read_logits_t);      y_t = sum_k router_tk sum_s alpha_tks M_{t-1,ks}
-    w_t = router_t gate_t softmax_S(write_logits_t)
+    [alpha_t, omega_t] = softmax_S(logits_t);  y_t = sum_k router_tk sum_s alpha_tks M_{t-1,ks}
+    w_t = router_t gate_t omega_t
     M_t = decay (1 - MAX_ERASE w_t erase_t) M_{t-1} + w_t value_t'
 
     Addresses do not depend on M, so each slot is a linear recurrence and the whole sequence is computed chunk by chunk
     with matrix products, as gated linear attention (arXiv 2312.06635, section 4) with the slots as its key dimension.
 
     Args:
-        read_logits, write_logits: [B, T, K, S].
+        logits: [B, T, 2, K, S], of the addresses to read and to write.
         router: [B, T, K], weights of the banks. write_gate, erase: [B, T] in [0, 1].
         value: [B, T, m].
         initial_state: M_0 [B, K, S, m].
@@ -44,10 +43,10 @@ def gated_slots(
     Raises:
         ValueError: a shape or the decay does not fit.
     """
-    B, T, K, S = read_logits.shape
+    B, T, _, K, S = logits.shape
     m = value.shape[-1]
     expected = {
-        "write_logits": (write_logits, (B, T, K, S)),
+        "logits": (logits, (B, T, 2, K, S)),
         "router": (router, (B, T, K)),
         "write_gate": (write_gate, (B, T)),
         "erase": (erase, (B, T)),
@@ -61,7 +60,7 @@ def gated_slots(
     if T == 0 or not MIN_DECAY <= decay <= 1.0:
         raise ValueError(f"gated_slots needs T > 0 and {MIN_DECAY} <= decay <= 1, not T={T}, decay={decay}")
     dtype = torch.promote_types(value.dtype, torch.float32)
-    inputs = [x.to(dtype) for x in (read_logits, write_logits, router, write_gate, erase, value, initial_state)]
+    inputs = [x.to(dtype) for x in (logits, router, write_gate, erase, value, initial_state)]
     if mask is not None:
         mask = mask.to(dtype)
     if T == 1:

@@ -29,8 +29,8 @@ SEGMENT = 128
 class _Segment(NamedTuple):
     """What a segment computes before it needs the state. n chunks of C tokens, N = K S slots."""
 
-    alpha: Tensor  # [B, n, C, K, S] softmax of the read logits
-    omega: Tensor  # [B, n, C, K, S] softmax of the write logits
+    alpha: Tensor  # [B, n, C, K, S] read address
+    omega: Tensor  # [B, n, C, K, S] write address
     write: Tensor  # [B, n, C, K] router * gate * mask
     mask: Tensor  # [B, n, C, 1]
     router: Tensor  # [B, n, C, K]
@@ -61,9 +61,9 @@ def _prepare(inputs: list[Tensor], decay: float, mask: Tensor) -> _Segment:
     L = mask.shape[1]
     C = min(CHUNK, L)
     n = -(-L // C)
-    read, write, router, gate, erase, value = (_to_chunks(x, n, C) for x in inputs)
+    logits, router, gate, erase, value = (_to_chunks(x, n, C) for x in inputs)
     mask = _to_chunks(mask, n, C)[..., None]
-    alpha, omega = read.softmax(-1), write.softmax(-1)
+    alpha, omega = logits.softmax(-1).unbind(3)
     scale = router * gate[..., None] * mask  # [B, n, C, K]
     w = (scale[..., None] * omega).flatten(-2)
     keep = (w * (-MAX_ERASE * erase[..., None])).add_(1.0)
@@ -92,8 +92,7 @@ def _states(s: _Segment, state: Tensor) -> tuple[list[Tensor], Tensor]:
 
 @torch.library.custom_op("memzoo::gated_slots", mutates_args=())
 def _forward(
-    read_logits: Tensor,
-    write_logits: Tensor,
+    logits: Tensor,
     router: Tensor,
     write_gate: Tensor,
     erase: Tensor,
@@ -104,7 +103,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns y [B, T, m], the final state [B, K, S, m] and the states at the segments' starts [B, segments, N, m]."""
     B, T, m = value.shape
-    tensors = [read_logits, write_logits, router, write_gate, erase, value]
+    tensors = [logits, router, write_gate, erase, value]
     state, y, saved = initial_state.flatten(1, 2), torch.empty_like(value), []
     for a, b in _pieces(T):
         saved.append(state)
@@ -116,7 +115,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(read_logits, write_logits, router, write_gate, erase, value, initial_state, decay, mask):
+def _(logits, router, write_gate, erase, value, initial_state, decay, mask):
     B, K, S, m = initial_state.shape
     segments = -(-value.shape[1] // SEGMENT)
     return torch.empty_like(value), torch.empty_like(initial_state), value.new_empty(B, segments, K * S, m)
@@ -126,8 +125,7 @@ def _(read_logits, write_logits, router, write_gate, erase, value, initial_state
 def _backward_op(
     grad_y: Tensor,
     grad_state: Tensor,
-    read_logits: Tensor,
-    write_logits: Tensor,
+    logits: Tensor,
     router: Tensor,
     write_gate: Tensor,
     erase: Tensor,
@@ -135,9 +133,9 @@ def _backward_op(
     saved: Tensor,
     decay: float,
     mask: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     T = value.shape[1]
-    tensors = [read_logits, write_logits, router, write_gate, erase, value]
+    tensors = [logits, router, write_gate, erase, value]
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors]
     d_state = grad_state.flatten(1, 2)  # [B, N, m]
     for i, (a, b) in reversed(list(enumerate(_pieces(T)))):
@@ -149,8 +147,8 @@ def _backward_op(
 
 
 @_backward_op.register_fake
-def _(grad_y, grad_state, read_logits, write_logits, router, write_gate, erase, value, saved, decay, mask):
-    tensors = (read_logits, write_logits, router, write_gate, erase, value, grad_state)
+def _(grad_y, grad_state, logits, router, write_gate, erase, value, saved, decay, mask):
+    tensors = (logits, router, write_gate, erase, value, grad_state)
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors)
 
 
@@ -185,18 +183,20 @@ def _segment_backward(
     d_keep = d_g.div_(s.keep).mul_(-MAX_ERASE)
     d_erase = (d_keep * w.flatten(-2)).sum(-1)
     dw = dk.addcmul_(d_keep, s.erase[..., None]).unflatten(-1, banks)
-    d_read, d_router = _softmax_backward(s.alpha, dq, s.router)
-    d_write, d_scale = _softmax_backward(s.omega, dw, s.write)
+    d_logits = torch.empty(*dq.shape[:3], 2, *banks, dtype=dq.dtype, device=dq.device)
+    d_router = _softmax_backward(s.alpha, dq, s.router, d_logits[:, :, :, 0])
+    d_scale = _softmax_backward(s.omega, dw, s.write, d_logits[:, :, :, 1])
     d_scale = d_scale * s.mask
     d_gate = (d_scale * s.router).sum(-1)
     d_router = torch.addcmul(d_router, d_scale, s.gate[..., None])
-    return [d_read, d_write, d_router, d_gate, d_erase, d_value], d_state
+    return [d_logits, d_router, d_gate, d_erase, d_value], d_state
 
 
-def _softmax_backward(p: Tensor, grad: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """For scale * p with p = softmax(logits): the gradients of the logits and of the scale."""
+def _softmax_backward(p: Tensor, grad: Tensor, scale: Tensor, out: Tensor) -> Tensor:
+    """For scale * p with p = softmax(logits): the gradient of the logits into `out`; returns that of the scale."""
     d_scale = (grad * p).sum(-1)
-    return (grad - d_scale[..., None]).mul_(p).mul_(scale[..., None]), d_scale
+    torch.mul(grad.sub_(d_scale[..., None]).mul_(scale[..., None]), p, out=out)
+    return d_scale
 
 
 def _save(ctx, inputs, output) -> None:
@@ -215,8 +215,7 @@ _forward.register_autograd(_backward, setup_context=_save)
 
 
 def gated_slots_chunked(
-    read_logits: Tensor,
-    write_logits: Tensor,
+    logits: Tensor,
     router: Tensor,
     write_gate: Tensor,
     erase: Tensor,
@@ -228,6 +227,6 @@ def gated_slots_chunked(
     """As the public op, for float32 and float64."""
     if mask is None:
         mask = value.new_ones(value.shape[:2])
-    tensors = (read_logits, write_logits, router, write_gate, erase, value, initial_state)
+    tensors = (logits, router, write_gate, erase, value, initial_state)
     y, state, _ = _forward(*tensors, decay, mask)
     return y, state

@@ -8,8 +8,7 @@ MIN_DECAY = 0.5
 
 
 def gated_slots(
-    read_logits: Tensor,
-    write_logits: Tensor,
+    logits: Tensor,
     router: Tensor,
     write_gate: Tensor,
     erase: Tensor,
@@ -20,8 +19,9 @@ def gated_slots(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As the public op; also returns the writes w [B, T, K, S]."""
     M, reads = initial_state, []
-    alpha = router[..., None] * read_logits.softmax(-1)  # [B, T, K, S]
-    w = (router * write_gate[..., None])[..., None] * write_logits.softmax(-1)
+    read, write = logits.softmax(-1).unbind(2)  # [B, T, K, S]
+    alpha = router[..., None] * read
+    w = (router * write_gate[..., None])[..., None] * write
     if mask is not None:
         w = w * mask[..., None, None]
     for t in range(value.shape[1]):

@@ -1,6 +1,6 @@
 """MARU, the memory-augmented recurrent unit: per layer a selective state-space mixer, then a GRU with memory banks.
 
-x = x + Mixer(norm x);  x = x + W_o Cell(W_g norm x)
+x = x + Mixer(norm x);  x = x + W_o Cell(norm x)
 
 The memory of a layer is `conv` and `ssm` (the mixer), `h` and `banks` (the cell): its size does not depend on what was
 read, so a token costs the same at any context length.
@@ -21,8 +21,9 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from memzoo.modeling.cache import MemoryCache, MemoryGenerationMixin
 from memzoo.modeling.inputs import embed_and_check
+from memzoo.modeling.layers import RMSNorm
 from memzoo.modeling.maru.configuration_maru import MaruConfig
-from memzoo.modeling.memory_gru import ParallelMemoryGRU, RouterBalance, SequentialMemoryGRU
+from memzoo.modeling.memory_gru import MemoryCell, ParallelMemoryGRU, RouterBalance, SequentialMemoryGRU
 from memzoo.modeling.padding import compaction
 from memzoo.modeling.state_space import SelectiveStateSpace
 from memzoo.modeling.statistics import router_statistics, slot_statistics
@@ -50,7 +51,7 @@ class MaruBlock(GradientCheckpointingLayer):
     def __init__(self, config: MaruConfig, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx = layer_idx
-        self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mixer_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mixer = SelectiveStateSpace(
             config.hidden_size,
             config.state_size,
@@ -61,8 +62,7 @@ class MaruBlock(GradientCheckpointingLayer):
             config.time_step_max,
             config.use_bias,
         )
-        self.cell_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.in_proj = nn.Linear(config.hidden_size, config.cell_size, bias=False)
+        self.cell_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.cell = (ParallelMemoryGRU if config.recurrence == "parallel" else SequentialMemoryGRU)(config)
         self.out_proj = nn.Linear(config.cell_size, config.hidden_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
@@ -77,8 +77,8 @@ class MaruBlock(GradientCheckpointingLayer):
         state = past_key_values.read(self.layer_idx) if past_key_values is not None else {}
         mixed, mixer_state = self.mixer(self.mixer_norm(hidden_states), state, mask)
         hidden_states = hidden_states + mixed
-        g = self.dropout(self.in_proj(self.cell_norm(hidden_states)))
-        h, cell_state, *_ = self.cell(g, state, mask, output_memory_writes)
+        x = self.dropout(self.cell_norm(hidden_states))
+        h, cell_state, *_ = self.cell(x, state, mask, output_memory_writes)
         if past_key_values is not None:
             past_key_values.write(self.layer_idx, {**mixer_state, **cell_state}, new_tokens=hidden_states.shape[1])
         return hidden_states + self.dropout(self.out_proj(h))
@@ -94,15 +94,15 @@ class MaruPreTrainedModel(PreTrainedModel):
     _is_stateful = True
     _can_record_outputs = {
         "hidden_states": MaruBlock,
-        "router_logits": [OutputRecorder(cell, index=2) for cell in (ParallelMemoryGRU, SequentialMemoryGRU)],
-        "memory_writes": [OutputRecorder(cell, index=3) for cell in (ParallelMemoryGRU, SequentialMemoryGRU)],
+        "router_logits": OutputRecorder(MemoryCell, index=2),
+        "memory_writes": OutputRecorder(MemoryCell, index=3),
     }
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, RouterBalance):
             module.init_weights()
-        elif isinstance(module, (SelectiveStateSpace, ParallelMemoryGRU, SequentialMemoryGRU)):
+        elif isinstance(module, (SelectiveStateSpace, MemoryCell)):
             module.init_weights(self.config.initializer_range)
         else:
             super()._init_weights(module)
@@ -118,7 +118,7 @@ class MaruModel(MaruPreTrainedModel):
         self.embed_proj = nn.Identity() if same else nn.Linear(config.embedding_size, config.hidden_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(MaruBlock(config, i) for i in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 

@@ -1,0 +1,111 @@
+"""The parallel cell of MARU: a minGRU (arXiv 2410.01201) that reads K banks of gated slots (arXiv 2409.07146).
+
+No gate and no address depends on h_{t-1} or on what is remembered, so the banks and h are linear recurrences: the
+whole sequence takes a few matrix products. One token without gradients on the CPU is one compiled loop (fused.py).
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from memzoo.kernels.gated_slots import MAX_ERASE, gated_slots
+from memzoo.kernels.gated_slots import reference as gated_slots_reference
+from memzoo.kernels.linear_scan import linear_scan
+from memzoo.kernels.memory_gru.reference import route
+from memzoo.kernels.memory_mingru import fused
+
+__all__ = ["MemoryMinGRUWeights", "memory_mingru", "split_sizes"]
+
+
+class MemoryMinGRUWeights(NamedTuple):
+    """The weights that do not meet the input directly; biases of the input projection belong to x."""
+
+    router_out: Tensor  # [Kr, R]
+    router_out_bias: Tensor  # [Kr]
+    slot_keys: Tensor  # [K, S, m]
+    gates_c: Tensor  # [2H, m]: update, candidate
+
+
+def split_sizes(router_hidden: int, m: int, H: int) -> list[int]:
+    """Parts of x: router, addresses (read, write), their strengths, value, gate, erase, gates (update, candidate)."""
+    return [router_hidden, 2 * m, 2, m, 1, 1, 2 * H]
+
+
+def memory_mingru(
+    x: Tensor,
+    h0: Tensor,
+    M0: Tensor,
+    weights: MemoryMinGRUWeights,
+    router_bias: Tensor,
+    *,
+    mask: Tensor | None = None,
+    top_k: int | None = None,
+    shared_bank: bool = False,
+    decay: float = 1.0,
+    slot_norm_cap: float | None = None,
+    return_writes: bool = False,
+) -> tuple:
+    """Run the cell over a sequence and return (h_seq, router_logits, (h_T, M_T)), plus writes if asked.
+
+    l = W_o relu(x_router) + b_o,  rho = topk(softmax(l + router_bias)), bank 0 = 1 if shared
+    address = softmax_S((1 + softplus(strength)) cos(query, slot_key)), one to read and one to write
+    c_t = rho read' M_{t-1};  M_t = decay (1 - MAX_ERASE w e) M_{t-1} + w v',  w = rho sigmoid(gate) write
+    z, n = sigmoid, tanh of x_gates + W_c c;  h_t = (1 - z) h_{t-1} + z n
+
+    with e = sigmoid(erase), v = tanh(value). With a cap, |v| <= MAX_ERASE e cap, which keeps every slot's norm below
+    the cap if it starts there (M0 is shortened to it) and leaves the recurrence linear.
+
+    Args:
+        x: [B, T, P], the projected input, its parts as in `split_sizes`.
+        h0: [B, H]. M0: [B, K, S, m].
+        router_bias: [Kr] or [B, T, Kr], with Kr routed banks (K - 1 with a shared bank).
+        mask: [B, T], 0 leaves the state exactly as it was.
+
+    Returns:
+        h_seq [B, T, H] in x's dtype; router_logits [B, T, Kr]; the state in at least float32; writes [B, T, K, S].
+
+    Raises:
+        ValueError: x does not have the width that the weights and the state imply.
+    """
+    K, S, m = weights.slot_keys.shape
+    sizes = split_sizes(weights.router_out.shape[1], m, h0.shape[1])
+    if x.ndim != 3 or x.shape[-1] != sum(sizes):
+        raise ValueError(f"x is {list(x.shape)}, expected [B, T, {sum(sizes)}], that is {' + '.join(map(str, sizes))}")
+    options = (top_k, shared_bank, decay, slot_norm_cap)
+    if not return_writes and fused.is_available(x, mask, [x, h0, M0, *weights]):
+        return fused.step(x, h0, M0, weights, router_bias, *options)
+
+    x_router, addresses, strengths, value, gate, erase, gates = x.split(sizes, dim=-1)
+    logits = F.linear(x_router.relu(), weights.router_out, weights.router_out_bias)
+    rho = route(logits + router_bias, top_k, shared_bank)
+    value, gate, erase = value.tanh(), gate.sigmoid().squeeze(-1), erase.sigmoid().squeeze(-1)
+    if slot_norm_cap is not None:
+        value = shorten(value, (MAX_ERASE * slot_norm_cap * erase)[..., None])
+        M0 = shorten(M0, slot_norm_cap)
+    queries = F.normalize(addresses.unflatten(-1, (2, m)), dim=-1) * (1 + F.softplus(strengths))[..., None]
+    addresses = queries @ F.normalize(weights.slot_keys, dim=-1).view(K * S, m).mT  # [B, T, 2, K S]
+    arguments = (addresses.unflatten(-1, (K, S)), rho, gate, erase, value, M0)
+    c, M = gated_slots(*arguments, decay=decay, mask=mask)
+    h, h_last = mingru(gates + F.linear(c, weights.gates_c), h0, mask)
+    if not return_writes:
+        return h, logits, (h_last, M)
+    with torch.no_grad():
+        writes = gated_slots_reference(*arguments, decay=decay, mask=mask)[2]
+    return h, logits, (h_last, M), writes
+
+
+def mingru(gates: Tensor, h0: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """h_t = (1 - z_t) h_{t-1} + z_t n_t with z, n = sigmoid, tanh of gates [B, T, 2H]; h [B, T, H] and h_T."""
+    update, candidate = gates.to(torch.promote_types(gates.dtype, torch.float32)).chunk(2, dim=-1)
+    update = update.sigmoid()
+    if mask is not None:
+        update = update * mask[..., None]
+    h, h_last = linear_scan(1 - update, update * candidate.tanh(), h0)
+    return h.to(gates.dtype), h_last
+
+
+def shorten(x: Tensor, largest: Tensor | float) -> Tensor:
+    """Vectors along the last dim, shortened to a largest norm."""
+    return x * (largest / x.norm(dim=-1, keepdim=True).clamp(min=1e-6)).clamp(max=1.0)

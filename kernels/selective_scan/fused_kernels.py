@@ -1,0 +1,302 @@
+"""Numba kernels of the selective scan on CPU: the loops of `reference.py`, blocked so that they stay in cache.
+
+A task is one row of the batch and one block of `BLOCK` channels; channels are the vector lanes, so every inner loop
+has a constant trip count over local scratch and LLVM vectorises it without runtime checks. Sequences are flat arrays
+with their (batch, time) strides in `strides`; channels are contiguous. Time runs in chunks of `chunk` steps: forward
+keeps the state at the start of each chunk, backward recomputes a chunk from there and walks it in reverse.
+"""
+
+import math
+
+import numpy as np
+from numba import njit, types
+from numba.extending import overload
+
+BLOCK = 64
+
+# Sums over channels may be reordered; infinities and NaN keep their meaning.
+FAST = {"contract", "reassoc", "nsz", "arcp"}
+
+
+def _can_cache() -> bool:
+    """Whether numba finds a folder to keep compiled code in; without one cache=True raises."""
+    try:
+        njit(cache=True)(_can_cache)
+    except RuntimeError:
+        return False
+    return True
+
+
+OPTIONS = {"nogil": True, "error_model": "numpy", "cache": _can_cache()}
+
+LOG2_E = np.float32(1.4426950408889634)
+ROUND = np.float32(12582912.0)  # 1.5 * 2**23: adding it rounds to the nearest integer, left in the low bits
+LN2_HIGH = np.float32(0.693359375)
+LN2_LOW = np.float32(-2.12194440e-4)
+EXP_LOW, EXP_HIGH = np.float32(-87.33), np.float32(88.72)  # where the result is a normal float32
+# exp(r) = 1 + r + r^2 P(r) on |r| <= ln(2) / 2, Cephes
+E0, E1, E2 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)
+E3, E4, E5 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float32(5.0000001201e-1)
+# log(1 + e) = 2 atanh(s), s = e / (2 + e), as 2 s (1 + s^2 / 3 + s^4 / 5 + ...)
+L0, L1, L2 = np.float32(2), np.float32(2 / 3), np.float32(2 / 5)
+L3, L4, L5 = np.float32(2 / 7), np.float32(2 / 9), np.float32(2 / 11)
+L6, L7, L8 = np.float32(2 / 13), np.float32(2 / 15), np.float32(2 / 17)
+ZERO, ONE, TWO = np.float32(0), np.float32(1), np.float32(2)
+
+
+@njit(fastmath={"contract"})
+def exp32(x):
+    """exp in float32 to 1e-7 relative, as straight arithmetic; saturates at the smallest and largest normal number."""
+    x = EXP_LOW if x < EXP_LOW else x
+    x = EXP_HIGH if x > EXP_HIGH else x
+    shifted = np.float32(x * LOG2_E + ROUND)
+    k = shifted - ROUND
+    r = x - k * LN2_HIGH
+    r = r - k * LN2_LOW
+    p = ((((E0 * r + E1) * r + E2) * r + E3) * r + E4) * r + E5
+    p = np.float32(p * r * r + r + ONE)
+    bits = (shifted.view(np.int32) << np.int32(23)) + p.view(np.int32)  # adds k to the exponent of p
+    return np.int32(bits).view(np.float32)
+
+
+@njit(fastmath={"contract"})
+def softplus32(x):
+    e = exp32(-abs(x))
+    s = e / (TWO + e)
+    q = s * s
+    log1p = s * ((((((((L8 * q + L7) * q + L6) * q + L5) * q + L4) * q + L3) * q + L2) * q + L1) * q + L0)
+    return (ZERO if x < ZERO else x) + log1p
+
+
+@njit(fastmath={"contract"})
+def sigmoid32(x):
+    return ONE / (ONE + exp32(-x))
+
+
+def exp(x): ...
+def softplus(x): ...
+def sigmoid(x): ...
+
+
+@overload(exp)
+def _exp(x):
+    return (lambda x: exp32(x)) if x is types.float32 else (lambda x: math.exp(x))
+
+
+@overload(softplus)
+def _softplus(x):
+    if x is types.float32:
+        return lambda x: softplus32(x)
+    return lambda x: max(x, 0.0) + math.log1p(math.exp(-abs(x)))
+
+
+@overload(sigmoid)
+def _sigmoid(x):
+    return (lambda x: sigmoid32(x)) if x is types.float32 else (lambda x: 1.0 / (1.0 + math.exp(-x)))
+
+
+@njit(fastmath=FAST, **OPTIONS)
+def forward(
+    u, delta, z, B, C, strides, A, D, bias, initial, mask, y, final, starts,
+    use_softplus, use_z, use_mask, save, chunk, first, last,
+):  # fmt: skip
+    """A [N, I]; D, bias [I]; initial, final [B, I, N]; mask [B, T]; y [B, T, I]; starts [B, K, N, I]."""
+    _, T, I = y.shape
+    N = A.shape[0]
+    blocks = (I + BLOCK - 1) // BLOCK
+    dtype = A.dtype
+    zero = dtype.type(0)
+    h, a = np.zeros((N, BLOCK), dtype), np.zeros((N, BLOCK), dtype)
+    dt, x, out, gate = np.zeros(BLOCK, dtype), np.zeros(BLOCK, dtype), np.zeros(BLOCK, dtype), np.zeros(BLOCK, dtype)
+    skip, shift = np.zeros(BLOCK, dtype), np.zeros(BLOCK, dtype)
+    for task in range(first, last):
+        b, i0 = task // blocks, task % blocks * BLOCK
+        width = min(BLOCK, I - i0)
+        if width < BLOCK:  # lanes past the last channel: no leftovers of another block
+            h[:], a[:], x[:] = zero, zero, zero
+        for i in range(width):
+            skip[i], shift[i] = D[i0 + i], bias[i0 + i]
+            for n in range(N):
+                h[n, i], a[n, i] = initial[b, i0 + i, n], A[n, i0 + i]
+        for t in range(T):
+            if save and t % chunk == 0:
+                for n in range(N):
+                    for i in range(width):
+                        starts[b, t // chunk, n, i0 + i] = h[n, i]
+            if use_mask and mask[b, t] == 0:
+                for i in range(width):
+                    y[b, t, i0 + i] = 0
+                continue
+            at_u, at_delta = b * strides[0, 0] + t * strides[0, 1] + i0, b * strides[1, 0] + t * strides[1, 1] + i0
+            for i in range(width):
+                x[i], dt[i] = u[at_u + i], delta[at_delta + i] + shift[i]
+            if use_softplus:
+                for i in range(BLOCK):
+                    dt[i] = softplus(dt[i])
+            for i in range(BLOCK):
+                out[i] = skip[i] * x[i]
+                x[i] *= dt[i]
+            at_B, at_C = b * strides[3, 0] + t * strides[3, 1], b * strides[4, 0] + t * strides[4, 1]
+            for n in range(N):
+                B_n, C_n = B[at_B + n], C[at_C + n]
+                for i in range(BLOCK):
+                    h_n = exp(dt[i] * a[n, i]) * h[n, i] + x[i] * B_n
+                    h[n, i] = h_n
+                    out[i] += h_n * C_n
+            if use_z:
+                at_z = b * strides[2, 0] + t * strides[2, 1] + i0
+                for i in range(width):
+                    gate[i] = z[at_z + i]
+                for i in range(BLOCK):
+                    out[i] *= gate[i] * sigmoid(gate[i])
+            for i in range(width):
+                y[b, t, i0 + i] = out[i]
+        for i in range(width):
+            for n in range(N):
+                final[b, i0 + i, n] = h[n, i]
+
+
+@njit(fastmath=FAST, **OPTIONS)
+def backward(
+    u, delta, z, B, C, grad_y, strides, A, D, bias, mask, starts, grad_final,
+    grad_u, grad_delta, grad_z, grad_A, grad_B, grad_C, grad_D, grad_bias, grad_initial,
+    use_softplus, use_z, use_mask, chunk, first, last,
+):  # fmt: skip
+    """grad_u, grad_delta, grad_z [B, T, I]; grad_A [B, N, I], grad_D and grad_bias [B, I] are summed over the batch by
+    the caller, grad_B and grad_C [blocks, B, T, N] over the blocks of channels."""
+    _, T, I = grad_u.shape
+    N = A.shape[0]
+    blocks = (I + BLOCK - 1) // BLOCK
+    dtype = A.dtype
+    zero = dtype.type(0)
+    decay, h = np.zeros((chunk, N, BLOCK), dtype), np.zeros((chunk + 1, N, BLOCK), dtype)
+    a, g, sum_A = np.zeros((N, BLOCK), dtype), np.zeros((N, BLOCK), dtype), np.zeros((N, BLOCK), dtype)
+    x, dt, slope = (
+        np.zeros((chunk, BLOCK), dtype),
+        np.zeros((chunk, BLOCK), dtype),
+        np.ones((chunk, BLOCK), dtype),
+    )
+    ug, gy = np.zeros((chunk, BLOCK), dtype), np.zeros((chunk, BLOCK), dtype)
+    out, gate = np.zeros(BLOCK, dtype), np.zeros(BLOCK, dtype)
+    gx, gdt = np.zeros(BLOCK, dtype), np.zeros(BLOCK, dtype)
+    skip, shift = np.zeros(BLOCK, dtype), np.zeros(BLOCK, dtype)
+    sum_D, sum_bias = np.zeros(BLOCK, dtype), np.zeros(BLOCK, dtype)
+    for task in range(first, last):
+        b, block = task // blocks, task % blocks
+        i0 = block * BLOCK
+        width = min(BLOCK, I - i0)
+        sum_A[:], sum_D[:], sum_bias[:] = zero, zero, zero
+        if width < BLOCK:  # lanes past the last channel would enter the sums over channels
+            h[:], a[:], g[:], ug[:], gy[:] = zero, zero, zero, zero, zero
+        for i in range(width):
+            skip[i], shift[i] = D[i0 + i], bias[i0 + i]
+            for n in range(N):
+                g[n, i], a[n, i] = grad_final[b, i0 + i, n], A[n, i0 + i]
+        for k in range((T - 1) // chunk, -1, -1):
+            t0 = k * chunk
+            steps = min(chunk, T - t0)
+            for n in range(N):
+                for i in range(width):
+                    h[0, n, i] = starts[b, k, n, i0 + i]
+
+            for s in range(steps):  # forward again: h[s] is the state before step t0 + s
+                t = t0 + s
+                if use_mask and mask[b, t] == 0:
+                    h[s + 1] = h[s]
+                    continue
+                at_u, at_delta = b * strides[0, 0] + t * strides[0, 1] + i0, b * strides[1, 0] + t * strides[1, 1] + i0
+                at_gy = b * strides[5, 0] + t * strides[5, 1] + i0
+                for i in range(width):
+                    ug[s, i], dt[s, i], gy[s, i] = u[at_u + i], delta[at_delta + i] + shift[i], grad_y[at_gy + i]
+                if use_softplus:
+                    for i in range(BLOCK):
+                        slope[s, i] = sigmoid(dt[s, i])
+                        dt[s, i] = softplus(dt[s, i])
+                for i in range(BLOCK):
+                    out[i] = skip[i] * ug[s, i]
+                    x[s, i] = dt[s, i] * ug[s, i]
+                at_B, at_C = b * strides[3, 0] + t * strides[3, 1], b * strides[4, 0] + t * strides[4, 1]
+                for n in range(N):
+                    B_n, C_n = B[at_B + n], C[at_C + n]
+                    for i in range(BLOCK):
+                        e = exp(dt[s, i] * a[n, i])
+                        h_n = e * h[s, n, i] + x[s, i] * B_n
+                        decay[s, n, i], h[s + 1, n, i] = e, h_n
+                        out[i] += h_n * C_n
+                if use_z:
+                    at_z = b * strides[2, 0] + t * strides[2, 1] + i0
+                    for i in range(width):
+                        gate[i] = z[at_z + i]
+                    for i in range(BLOCK):
+                        p, v, go = sigmoid(gate[i]), gate[i], gy[s, i]
+                        gy[s, i] = go * v * p
+                        gate[i] = go * out[i] * (p + v * (p - p * p))
+                    for i in range(width):
+                        grad_z[b, t, i0 + i] = gate[i]
+
+            for s in range(steps - 1, -1, -1):  # g is dL/dh_t from the future
+                t = t0 + s
+                if use_mask and mask[b, t] == 0:
+                    for i in range(width):
+                        grad_u[b, t, i0 + i] = grad_delta[b, t, i0 + i] = 0
+                        if use_z:
+                            grad_z[b, t, i0 + i] = 0
+                    for n in range(N):
+                        grad_B[block, b, t, n] = grad_C[block, b, t, n] = 0
+                    continue
+                at_B, at_C = b * strides[3, 0] + t * strides[3, 1], b * strides[4, 0] + t * strides[4, 1]
+                gx[:], gdt[:] = zero, zero
+                for n in range(N):
+                    B_n, C_n = B[at_B + n], C[at_C + n]
+                    sum_B = sum_C = zero
+                    for i in range(BLOCK):
+                        g_n = g[n, i] + gy[s, i] * C_n
+                        sum_C += gy[s, i] * h[s + 1, n, i]
+                        sum_B += g_n * x[s, i]
+                        gx[i] += g_n * B_n
+                        g_n *= decay[s, n, i]
+                        g[n, i] = g_n
+                        q = g_n * h[s, n, i]  # dL/d(delta_t A)
+                        gdt[i] += q * a[n, i]
+                        sum_A[n, i] += q * dt[s, i]
+                    grad_B[block, b, t, n], grad_C[block, b, t, n] = sum_B, sum_C
+                for i in range(BLOCK):
+                    gdt[i] = (gdt[i] + gx[i] * ug[s, i]) * slope[s, i]
+                    gx[i] = gx[i] * dt[s, i] + gy[s, i] * skip[i]
+                    sum_bias[i] += gdt[i]
+                    sum_D[i] += gy[s, i] * ug[s, i]
+                for i in range(width):
+                    grad_u[b, t, i0 + i], grad_delta[b, t, i0 + i] = gx[i], gdt[i]
+
+        for i in range(width):
+            grad_D[b, i0 + i], grad_bias[b, i0 + i] = sum_D[i], sum_bias[i]
+            for n in range(N):
+                grad_initial[b, i0 + i, n], grad_A[b, n, i0 + i] = g[n, i], sum_A[n, i]
+
+
+@njit(fastmath=FAST, **OPTIONS)
+def step(state, u, delta, z, A, B, C, D, bias, use_softplus, use_z, y, new_state):
+    """One token: state, new_state [B, I, N]; u, delta, z, y [B, I]; A [I, N]; B, C [B, N]; D, bias [I]."""
+    batch, I, N = state.shape
+    dt, gate = np.zeros(BLOCK, state.dtype), np.ones(BLOCK, state.dtype)
+    for b in range(batch):
+        for i0 in range(0, I, BLOCK):
+            width = min(BLOCK, I - i0)
+            for i in range(width):
+                dt[i] = delta[b, i0 + i] + bias[i0 + i]
+                if use_z:
+                    gate[i] = z[b, i0 + i]
+            if use_softplus:
+                for i in range(BLOCK):
+                    dt[i] = softplus(dt[i])
+            if use_z:
+                for i in range(BLOCK):
+                    gate[i] *= sigmoid(gate[i])
+            for i in range(width):
+                u_i = u[b, i0 + i]
+                x, out = dt[i] * u_i, D[i0 + i] * u_i
+                for n in range(N):
+                    h = exp(dt[i] * A[i0 + i, n]) * state[b, i0 + i, n] + x * B[b, n]
+                    new_state[b, i0 + i, n] = h
+                    out += h * C[b, n]
+                y[b, i0 + i] = out * gate[i]
