@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import GenerationMixin
+from transformers import GenerationMixin, PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from memzoo.modeling.configuration import MemoryModelConfig
@@ -120,8 +120,7 @@ class MemoryCache(Cache):
         config: the configuration of the model that the memory belongs to.
     """
 
-    def __init__(self, config: MemoryModelConfig) -> None:
-        config = config.get_text_config(decoder=True)
+    def __init__(self, config: PreTrainedConfig) -> None:
         if not isinstance(config, MemoryModelConfig):
             raise TypeError(
                 f"MemoryCache needs the configuration of a memzoo model, not {type(config).__name__}; "
@@ -226,7 +225,7 @@ class MemoryCache(Cache):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | os.PathLike, config: MemoryModelConfig, device: torch.device | str = "cpu"
+        cls, folder: str | os.PathLike, config: PreTrainedConfig, device: torch.device | str = "cpu"
     ) -> "MemoryCache":
         """Load a snapshot for the model that has this configuration.
 
@@ -302,6 +301,8 @@ class MemoryGenerationMixin(GenerationMixin):
     fewer, are taken as new; for more, add an `attention_mask` of `cache.get_seq_length() + new` columns.
     """
 
+    config: MemoryModelConfig
+
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args: Any) -> None:
         name = type(self).__name__
         if generation_config.cache_implementation not in (None, "dynamic"):
@@ -316,7 +317,7 @@ class MemoryGenerationMixin(GenerationMixin):
             return
         if not isinstance(cache, MemoryCache):
             raise TypeError(f"{name} remembers in a MemoryCache; past_key_values is a {type(cache).__name__}")
-        cache._is_user_defined = True  # as GenerationMixin does
+        cache._is_user_defined = True  # type: ignore[attr-defined]  # as GenerationMixin does
         # a mask that is longer than input_ids tells generate that the old tokens are not among them
         mask, seen = model_kwargs.get("attention_mask"), cache.get_seq_length()
         if mask is not None and mask.ndim == 2 and mask.shape[1] <= seen:

@@ -143,7 +143,8 @@ def _backward_op(
         d_pieces, d_state = _segment_backward(inputs, mask[:, a:b], decay, saved[:, i], grad_y[:, a:b], d_state)
         for grad, d in zip(grads, d_pieces):
             grad[:, a:b] = d.flatten(1, 2)[:, : b - a]
-    return *grads, d_state.reshape(grad_state.shape).clone()
+    d_logits, d_router, d_gate, d_erase, d_value = grads
+    return d_logits, d_router, d_gate, d_erase, d_value, d_state.reshape(grad_state.shape).clone()
 
 
 @_backward_op.register_fake

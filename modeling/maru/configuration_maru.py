@@ -128,8 +128,8 @@ class MaruConfig(MemoryModelConfig):
 
     def validate_architecture(self) -> None:
         """Refuse what cannot be built, before anything is."""
-        positive = ("vocab_size", "hidden_size", "embedding_size", "cell_size", "num_hidden_layers", "state_size")
-        positive += ("conv_kernel", "expand", "memory_num_slots", "memory_dim", "memory_router_hidden_size")
+        positive = ["vocab_size", "hidden_size", "embedding_size", "cell_size", "num_hidden_layers", "state_size"]
+        positive += ["conv_kernel", "expand", "memory_num_slots", "memory_dim", "memory_router_hidden_size"]
         for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")

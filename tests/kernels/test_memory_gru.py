@@ -7,8 +7,8 @@ import memzoo.kernels.memory_gru as package
 from memzoo.kernels.memory_gru import MemoryGRUWeights, memory_gru
 
 needs_numba = pytest.mark.skipif(not package._HAS_NUMBA, reason="numba is not installed")
-BOTH = ["reference", pytest.param("fused", marks=needs_numba)]
-each_implementation = pytest.mark.parametrize("implementation", BOTH)
+fused = pytest.param("fused", marks=needs_numba)
+each_implementation = pytest.mark.parametrize("implementation", ["reference", fused])
 
 CASES = {
     "plain": {},
@@ -159,8 +159,7 @@ def test_backward_does_not_keep_every_bank():
 @needs_numba
 def test_strides_compile_and_double_backward():
     inputs, weights, _ = make(mask=None)
-    inputs[3] = inputs[3][:1].expand(3, -1)
-    inputs[0] = inputs[0].mT.contiguous().mT
+    inputs[0], inputs[3] = inputs[0].mT.contiguous().mT, inputs[3][:1].expand(3, -1)
     expected = gradients(flat(memory_gru(*inputs, weights, implementation="reference")), inputs)
     compiled = torch.compile(memory_gru, fullgraph=True, backend="aot_eager")
     outputs = flat(compiled(*inputs, weights, implementation="fused"))
