@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
@@ -60,13 +61,13 @@ class SelectiveStateSpace(nn.Module):
         self, hidden_states: Tensor, state: dict[str, Tensor], mask: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """`state` may be empty; `mask` [B, T]: each row's real tokens first. Returns the output and the new state."""
-        u, z = self.in_proj(hidden_states).mT.chunk(2, dim=1)  # [B, I, T], views
+        u, z = (x.mT for x in self.in_proj(hidden_states).chunk(2, dim=-1))  # [B, I, T], views
         weight = self.conv1d.weight.squeeze(1)
         u, conv = causal_conv1d(u, weight, self.conv1d.bias, state.get("conv"), mask, activation="silu")
         delta, B, C = self.x_proj(u.mT).split(self.sizes, dim=-1)
         y, ssm = selective_scan(
             u,
-            (delta @ self.dt_proj.weight.T).mT,
+            F.linear(delta, self.dt_proj.weight).mT,
             -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))),
             B.mT,
             C.mT,

@@ -21,7 +21,6 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from memzoo.modeling.cache import MemoryCache, MemoryGenerationMixin
 from memzoo.modeling.inputs import embed_and_check
-from memzoo.modeling.layers import RMSNorm
 from memzoo.modeling.maru.configuration_maru import MaruConfig
 from memzoo.modeling.memory_gru import MemoryCell, ParallelMemoryGRU, RouterBalance, SequentialMemoryGRU
 from memzoo.modeling.padding import compaction
@@ -51,7 +50,7 @@ class MaruBlock(GradientCheckpointingLayer):
     def __init__(self, config: MaruConfig, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx = layer_idx
-        self.mixer_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mixer = SelectiveStateSpace(
             config.hidden_size,
             config.state_size,
@@ -62,7 +61,7 @@ class MaruBlock(GradientCheckpointingLayer):
             config.time_step_max,
             config.use_bias,
         )
-        self.cell_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.cell_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.cell = (ParallelMemoryGRU if config.recurrence == "parallel" else SequentialMemoryGRU)(config)
         self.out_proj = nn.Linear(config.cell_size, config.hidden_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
@@ -118,7 +117,7 @@ class MaruModel(MaruPreTrainedModel):
         self.embed_proj = nn.Identity() if same else nn.Linear(config.embedding_size, config.hidden_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(MaruBlock(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 
