@@ -12,10 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memzoo.kernels.selective_scan.common import CHUNK as CHUNKS
-from memzoo.kernels.selective_scan.common import ScanGradients, ScanInputs, softplus
-
-CHUNK = CHUNKS["chunked"]
+from memzoo.kernels.selective_scan.common import CHUNK, ScanGradients, ScanInputs, softplus
 
 
 class _TimeMajor:

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Steps between the states that a forward saves for its backward, by implementation.
-CHUNK = {"chunked": 32, "fused": 16, "triton": 16}
+CHUNK = 16  # steps between the states that a forward saves for its backward
 
 
 class ScanInputs(NamedTuple):

@@ -6,8 +6,8 @@ A task is one row of the batch and one block of channels, which are the vector l
 import numpy as np
 from numba import njit
 
-# numba's cache on disk does not notice a change there: touch this file after one
-from memzoo.kernels.selective_scan.fused_kernels import BLOCK, FAST, OPTIONS, sigmoid
+from memzoo.kernels.selective_scan.elementwise import sigmoid
+from memzoo.kernels.selective_scan.fused_kernels import BLOCK, FAST, OPTIONS
 
 
 @njit(fastmath=FAST, **OPTIONS)
@@ -43,6 +43,23 @@ def forward(x, tail, strides, weight, bias, y, use_silu, first, last):
                     out[i] *= sigmoid(out[i])
             for i in range(width):
                 y[b, t, i0 + i] = out[i]
+
+
+@njit(fastmath=FAST, **OPTIONS)
+def step(x, tail, weight, bias, y, new_tail, use_silu):
+    """One token: x, y [B, I]; tail, new_tail [B, I, W - 1]; weight [I, W]; bias [I]."""
+    batch, I = x.shape
+    W = weight.shape[1]
+    for b in range(batch):
+        for i in range(I):
+            out = bias[i] + weight[i, W - 1] * x[b, i]
+            for w in range(W - 1):
+                out += weight[i, w] * tail[b, i, w]
+                new_tail[b, i, w] = tail[b, i, w + 1] if w < W - 2 else x[b, i]
+            y[b, i] = out
+        if use_silu:
+            for i in range(I):
+                y[b, i] *= sigmoid(y[b, i])
 
 
 @njit(fastmath=FAST, **OPTIONS)

@@ -13,10 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memzoo.kernels.selective_scan.common import CHUNK as CHUNKS
-from memzoo.kernels.selective_scan.common import ScanGradients, ScanInputs
+from memzoo.kernels.selective_scan.common import CHUNK, ScanGradients, ScanInputs
 
-CHUNK = CHUNKS["fused"]
 SERIAL_WORK = 1 << 18  # below so many state updates (about 0.1 ms) a second thread costs more than it brings
 
 
@@ -179,6 +177,15 @@ def conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor, u
     arguments = (*_prepare_conv(x, weight, bias, tail), y.numpy(), use_silu)
     _run(_conv_kernels().forward, arguments, batch * -(-channels // _kernels().BLOCK), 4 * x.numel())
     return y.transpose(1, 2)
+
+
+def conv_step(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor, use_silu: bool) -> tuple[Tensor, Tensor]:
+    """One token without autograd, x [B, I, 1]: y and the new tail."""
+    y, new_tail = x.new_empty(x.shape), x.new_empty(tail.shape)
+    bias = x.new_zeros(x.shape[1]) if bias is None else bias
+    arrays = [v.detach().contiguous().numpy() for v in (x[:, :, 0], tail, weight, bias)]
+    _conv_kernels().step(*arrays, y.numpy()[:, :, 0], new_tail.numpy(), use_silu)
+    return y, new_tail
 
 
 def conv_backward(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor, grad_y: Tensor, use_silu: bool):

@@ -42,8 +42,7 @@ def scan_op(
 def _(u, delta, A, B, C, D, z, delta_bias, initial_state, mask, delta_softplus, implementation, save):
     batch, channels, time = u.shape
     dtype = compute_dtype(u)
-    chunk = CHUNK[implementation]
-    chunks = (time + chunk - 1) // chunk if save else 0
+    chunks = (time + CHUNK - 1) // CHUNK if save else 0
     y = u.new_empty(batch, time, channels).transpose(1, 2)
     states = u.new_empty(batch, channels, A.shape[1], dtype=dtype)
     return y, states, u.new_empty(batch, chunks, channels * A.shape[1], dtype=dtype)

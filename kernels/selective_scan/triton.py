@@ -13,10 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memzoo.kernels.selective_scan.common import CHUNK as CHUNKS
-from memzoo.kernels.selective_scan.common import ScanGradients, ScanInputs
+from memzoo.kernels.selective_scan.common import CHUNK, ScanGradients, ScanInputs
 
-CHUNK = CHUNKS["triton"]
 BLOCK_I = 8  # with 16 steps, 16 states and 4 warps the backward takes 225 registers and spills none
 
 

@@ -117,3 +117,18 @@ def test_errors_name_the_argument(change, message):
     x, weight, *_ = make_inputs(dtype=torch.float32)
     with pytest.raises(ValueError, match=message):
         causal_conv1d(**{"x": x, "weight": weight, **change})
+
+
+@pytest.mark.parametrize("activation", ["silu", None])
+@pytest.mark.parametrize("W", [1, 2, 4])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_one_token_without_gradients_is_the_same_function(activation, W, with_bias):
+    """It takes a compiled step where Numba is installed."""
+    x, weight, tail = torch.randn(3, 1, 5).mT, torch.randn(5, W), torch.randn(3, 5, W - 1)
+    bias = torch.randn(5) if with_bias else None
+    kept = tail.clone()
+    with torch.no_grad():
+        y, new_tail = causal_conv1d(x, weight, bias, tail, activation=activation)
+    expected, expected_tail = causal_conv1d(x, weight.requires_grad_(), bias, tail, activation=activation)
+    torch.testing.assert_close(y, expected.detach(), rtol=1e-5, atol=1e-6)
+    assert torch.equal(new_tail, expected_tail) and torch.equal(tail, kept)

@@ -8,6 +8,7 @@ import textwrap
 import pytest
 import torch
 
+from memzoo.kernels import selective_scan as package
 from memzoo.kernels.selective_scan import selective_scan
 
 pytest.importorskip("triton")
@@ -96,6 +97,17 @@ def test_refuses_cpu_tensors(monkeypatch):
     x, A = torch.ones(1, 2, 3), -torch.ones(2, 1)
     with pytest.raises(ValueError, match="needs CUDA tensors"):
         selective_scan(x, x, A, x[:, :1], x[:, :1], implementation="triton")
+
+
+def test_cuda_without_triton_takes_torch_operators_and_warns_once(monkeypatch):
+    monkeypatch.setattr(package.importlib.util, "find_spec", lambda name: None)
+    package._triton_is_installed.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="Triton is not installed") as caught:
+            assert [package._choose("auto", "cuda") for _ in range(3)] == ["chunked"] * 3
+        assert len(caught) == 1
+    finally:
+        package._triton_is_installed.cache_clear()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
