@@ -1,11 +1,11 @@
 """Gated slots by chunks of matrix products, with a hand-written backward that recomputes.
 
-Slots are flattened to N = K S. With q_t = router alpha, k_t = w, g_t the log-decay of each slot and G = cumsum(g) from
-the chunk's start, a chunk of C tokens that starts from M is
+Slots are flattened to N = K S. With q_t = router alpha, k_t = w, a_t = decay (1 - MAX_ERASE w erase) what each slot
+keeps, and P_t = a_1 ... a_t from the chunk's start, a chunk of C tokens that starts from M is
 
-    Q = q exp(G - g),  K = k exp(-G)                # [C, N]; K stays finite because C and g are bounded
+    Q = q_t P_{t-1},  K = k_t / P_t                 # [C, N]; K stays finite because C and a are bounded
     y = Q M + tril(Q K', -1) v
-    M' = exp(G_C) M + (K exp(G_C))' v
+    M' = P_C M + (K P_C)' v
 
 No factor of a token depends on a later one, so causality is exact to the last bit.
 
@@ -14,7 +14,7 @@ backward recomputes a segment, then walks its chunks. Memory is O(T (N + m)) for
 states.
 """
 
-import math
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from memzoo.kernels.gated_slots.reference import MAX_ERASE
 
-CHUNK = 16  # times -log(MIN_DECAY (1 - MAX_ERASE)) = 5.3 it must stay below -log(smallest normal float32) = 87.3
+CHUNK = 16  # (MIN_DECAY (1 - MAX_ERASE))^CHUNK must stay above the smallest normal float32, 1.2e-38
 SEGMENT = 128
 
 
@@ -36,13 +36,14 @@ class _Segment(NamedTuple):
     router: Tensor  # [B, n, C, K]
     gate: Tensor  # [B, n, C]
     erase: Tensor  # [B, n, C]
+    w: Tensor  # [B, n, C, N] write weights
     keep: Tensor  # [B, n, C, N] 1 - MAX_ERASE w erase
-    up: Tensor  # [B, n, C, N] exp(G - g)
-    down: Tensor  # [B, n, C, N] exp(-G)
+    up: Tensor  # [B, n, C, N] P_{t-1}
+    down: Tensor  # [B, n, C, N] 1 / P_t
     Q: Tensor  # [B, n, C, N]
     K: Tensor  # [B, n, C, N]
     A: Tensor  # [B, n, C, C] tril(Q K', -1)
-    end: Tensor  # [B, n, 1, N] exp(G_C)
+    end: Tensor  # [B, n, 1, N] P_C
     value: Tensor  # [B, n, C, m]
 
 
@@ -67,27 +68,31 @@ def _prepare(inputs: list[Tensor], decay: float, mask: Tensor) -> _Segment:
     scale = router * gate[..., None] * mask  # [B, n, C, K]
     w = (scale[..., None] * omega).flatten(-2)
     keep = (w * (-MAX_ERASE * erase[..., None])).add_(1.0)
-    g = keep.log()
-    if decay != 1.0:
-        g = g + math.log(decay) * mask
-    G = g.cumsum(2)
-    down = (-G).exp_()
-    up = (G - g).exp_()
+    a = keep if decay == 1.0 else keep * torch.where(mask > 0, mask.new_tensor(decay), mask.new_ones(()))
+    products = torch.ones_like(a[:, :, :1]).expand(-1, -1, C + 1, -1).contiguous()  # [B, n, C + 1, N], P_0 = 1
+    for t in range(C):
+        torch.mul(products[:, :, t], a[:, :, t], out=products[:, :, t + 1])
+    up, down, end = products[:, :, :-1], products[:, :, 1:].reciprocal(), products[:, :, -1:]
     Q = (router[..., None] * alpha).flatten(-2).mul_(up)
-    K = w.mul_(down)
+    K = w * down
     A = (Q @ K.mT).tril(-1)
-    return _Segment(alpha, omega, scale, mask, router, gate, erase, keep, up, down, Q, K, A, G[:, :, -1:].exp(), value)
+    return _Segment(alpha, omega, scale, mask, router, gate, erase, w, keep, up, down, Q, K, A, end, value)
 
 
-def _states(s: _Segment, state: Tensor) -> tuple[list[Tensor], Tensor]:
-    """The state at each chunk's start, and after the last chunk; state [B, N, m]."""
+def _states(s: _Segment, state: Tensor) -> tuple[Tensor, Tensor]:
+    """The state at each chunk's start [B, n, N, m], and after the last chunk [B, N, m]."""
     update = (s.K * s.end).mT @ s.value  # [B, n, N, m]
-    through = s.end.mT  # [B, n, N, 1]
-    starts = []
-    for i in range(update.shape[1]):
-        starts.append(state)
-        state = torch.addcmul(update[:, i], through[:, i], state)
-    return starts, state
+    return _chain(update, s.end.mT, state, range(update.shape[1]))
+
+
+def _chain(update: Tensor, through: Tensor, state: Tensor, order: range) -> tuple[Tensor, Tensor]:
+    """state' = update_i + through_i state, chunk after chunk; what each chunk began with, and the last."""
+    begins = torch.empty_like(update)
+    begins[:, order[0]] = state
+    for i, j in pairwise(order):
+        torch.addcmul(update[:, i], through[:, i], begins[:, i], out=begins[:, j])
+    i = order[-1]
+    return begins, torch.addcmul(update[:, i], through[:, i], begins[:, i])
 
 
 @torch.library.custom_op("memzoo::gated_slots", mutates_args=())
@@ -109,7 +114,7 @@ def _forward(
         saved.append(state)
         s = _prepare([x[:, a:b] for x in tensors], decay, mask[:, a:b])
         starts, state = _states(s, state)
-        out = s.A @ s.value + s.Q @ torch.stack(starts, 1)
+        out = s.A @ s.value + s.Q @ starts
         y[:, a:b] = out.reshape(B, -1, m)[:, : b - a]
     return y, state.view_as(initial_state).clone(), torch.stack(saved, 1)
 
@@ -159,30 +164,30 @@ def _segment_backward(
     s = _prepare(inputs, decay, mask)
     n, C = s.Q.shape[1:3]
     banks = s.alpha.shape[-2:]
-    M = torch.stack(_states(s, state)[0], 1)  # [B, n, N, m]
+    M, last = _states(s, state)
     dy = _to_chunks(grad_y, n, C)
-    through = s.end.mT  # [B, n, N, 1]
-    read = s.Q.mT @ dy  # [B, n, N, m]: how y depends on each chunk's start
-    d_ends = []  # gradient of the state after each chunk
-    for i in reversed(range(n)):
-        d_ends.append(d_state)
-        d_state = torch.addcmul(read[:, i], through[:, i], d_state)
-    d_end = torch.stack(d_ends[::-1], 1)  # [B, n, N, m]
+    total = (d_state * last).sum(-1)  # [B, N], gradient of log(a_1 ... a_L) from what follows the segment
+    # Q' dy is how y depends on each chunk's start; d_end [B, n, N, m] is the gradient of the state after each chunk
+    d_end, d_state = _chain(s.Q.mT @ dy, s.end.mT, d_state, range(n - 1, -1, -1))
 
     dA = (dy @ s.value.mT).tril_(-1)
     d_value = s.A.mT @ dy + (s.K * s.end) @ d_end
-    d_carry = (s.value @ d_end.mT).mul_(s.end)  # gradient of K from the state after the chunk
     dQ = (dA @ s.K).add_(dy @ M.mT)
-    dK = (dA.mT @ s.Q).add_(d_carry)
-    # gradient of the log-decays: q gets exp(G - g), k gets exp(-G), the chunk's end gets exp(G_C)
-    q_part, k_part = s.Q * dQ, s.K * dK
-    total = (s.K * d_carry).sum(2) + (d_end * M).sum(-1) * through[..., 0]  # [B, n, N], of G_C
-    d_g = (q_part - k_part).flip(2).cumsum(2).flip(2).sub_(q_part).add_(total[:, :, None])
+    dK = (dA.mT @ s.Q).add_((s.value @ d_end.mT).mul_(s.end))
+    # gradient of log a_t: q_i has a_1 ... a_{i-1} and k_i the inverses of a_1 ... a_i, so it is the sum of q dq over
+    # i > t, minus that of k dk over i >= t, plus what follows
+    q_part, d_g = s.Q * dQ, torch.mul(s.K, dK).neg_()
+    for t in range(C - 1, 0, -1):
+        d_g[:, :, t - 1] += d_g[:, :, t]
+        d_g[:, :, t - 1] += q_part[:, :, t]
+    whole = d_g[:, :, 0] + q_part[:, :, 0]  # [B, n, N], of each chunk
+    for i in range(n - 1, -1, -1):
+        d_g[:, i] += total[:, None]
+        total = total + whole[:, i]
     dq, dk = dQ.mul_(s.up).unflatten(-1, banks), dK.mul_(s.down)
 
-    w = s.write[..., None] * s.omega  # [B, n, C, K, S]
     d_keep = d_g.div_(s.keep).mul_(-MAX_ERASE)
-    d_erase = (d_keep * w.flatten(-2)).sum(-1)
+    d_erase = (d_keep * s.w).sum(-1)
     dw = dk.addcmul_(d_keep, s.erase[..., None]).unflatten(-1, banks)
     d_logits = torch.empty(*dq.shape[:3], 2, *banks, dtype=dq.dtype, device=dq.device)
     d_router = _softmax_backward(s.alpha, dq, s.router, d_logits[:, :, :, 0])
