@@ -1,5 +1,6 @@
 """The neural long-term memory of Titans (arXiv 2501.00663, section 3.1, eq. 8-15) as a layer."""
 
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -17,7 +18,7 @@ ETA = 0.9  # first momentum
 class NeuralMemory(nn.Module):
     """x [B, T, D] -> [B, T, D] through one network per head whose weights are learned while reading.
 
-        q, k, v = conv(W_qkv x), q and k of unit length;   alpha, eta, theta = sigmoid(W_g x + b), theta times theta_max
+        q, k, v = conv(W_qkv x), q and k of unit length;   alpha, eta, theta / theta_max = sigmoid(W_g x + b)
         S_t = eta_t S_{t-1} - theta_t grad 1/2 ||f_W(k_t) - v_t||^2;   W_t = (1 - alpha_t) W_{t-1} + S_t
         y = W_o (norm(f_{W_t}(q_t)) sigmoid(W_z x))
 
@@ -29,8 +30,9 @@ class NeuralMemory(nn.Module):
     Args:
         depth: matrices of the network, 1 for a linear memory. expansion: its hidden width in head widths.
         conv_kernel: width of the causal convolution of q, k and v; None for none.
-        theta_max: largest step. A chunk whose keys agree moves the memory by up to theta_max chunk_size / (1 - eta) of its
-            error, which should not be much above 1. clip: largest norm of a token's gradient. threshold: squared errors below cause no step.
+        theta_max: largest step. A chunk whose keys agree moves the memory by up to theta_max chunk_size / (1 - eta)
+            of its error, which should not be much above 1.
+        clip: largest norm of a token's gradient. threshold: squared errors below it cause no step.
         update: "never" reads W_0 (or the weights of a given state), "train" does so in evaluation.
         read_own_write: whether a token reads the memory after its own write or before it.
         detach_every: chunks after which gradients of the past stop; None for never.
@@ -77,9 +79,7 @@ class NeuralMemory(nn.Module):
         self.conv1d = None
         if conv_kernel is not None:
             self.conv1d = nn.Conv1d(3 * hidden_size, 3 * hidden_size, conv_kernel, groups=3 * hidden_size, bias=False)
-        self.initial_weights = nn.ParameterList(
-            torch.empty(num_heads, b, a) for a, b in zip(widths[:-1], widths[1:])
-        )
+        self.initial_weights = nn.ParameterList(torch.empty(num_heads, b, a) for a, b in pairwise(widths))
         self.norm = nn.RMSNorm(width, norm_eps)
         self.z_proj = nn.Linear(hidden_size, hidden_size, bias=False)
         self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
