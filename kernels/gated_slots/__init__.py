@@ -1,8 +1,11 @@
 """Banks of slots with gated writes: Gated Slot Attention (arXiv 2409.07146, eq. 7), K banks, a separate erase gate."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+from memzoo.kernels.gated_slots import fused
 from memzoo.kernels.gated_slots.chunked import CHUNK, gated_slots_chunked
 from memzoo.kernels.gated_slots.reference import MAX_ERASE, MIN_DECAY
 from memzoo.kernels.gated_slots.reference import gated_slots as reference
@@ -19,6 +22,7 @@ def gated_slots(
     initial_state: Tensor,
     decay: float = 1.0,
     mask: Tensor | None = None,
+    implementation: Literal["auto", "reference", "chunked", "fused"] = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Read K banks of S slots, then write them, for every token.
 
@@ -26,8 +30,9 @@ def gated_slots(
     w_t = router_t gate_t omega_t
     M_t = decay (1 - MAX_ERASE w_t erase_t) M_{t-1} + w_t value_t'
 
-    Addresses do not depend on M, so each slot is a linear recurrence and the whole sequence is computed chunk by chunk
-    with matrix products, as gated linear attention (arXiv 2312.06635, section 4) with the slots as its key dimension.
+    Addresses do not depend on M, so each slot is a linear recurrence. "chunked" computes it chunk by chunk with matrix
+    products, as gated linear attention (arXiv 2312.06635, section 4) with the slots as its key dimension; "fused", on
+    the CPU where numba is installed, token by token in cache; "reference" is the plain loop.
 
     Args:
         logits: [B, T, 2, K, S], of the addresses to read and to write.
@@ -61,10 +66,14 @@ def gated_slots(
         raise ValueError(f"gated_slots needs T > 0 and {MIN_DECAY} <= decay <= 1, not T={T}, decay={decay}")
     dtype = torch.promote_types(value.dtype, torch.float32)
     inputs = [x.to(dtype) for x in (logits, router, write_gate, erase, value, initial_state)]
-    if mask is not None:
-        mask = mask.to(dtype)
-    if T == 1:
-        y, state, _ = reference(*inputs, decay=decay, mask=mask)
+    mask = None if mask is None else mask.bool()
+    if implementation == "auto":
+        on_cpu = value.device.type == "cpu" and fused.is_available()
+        implementation = "reference" if T == 1 else "fused" if on_cpu else "chunked"
+    if implementation == "fused":
+        y, state = fused.gated_slots_fused(*inputs, decay=decay, mask=mask)
+    elif implementation == "chunked":
+        y, state = gated_slots_chunked(*inputs, decay, None if mask is None else mask.to(dtype))
     else:
-        y, state = gated_slots_chunked(*inputs, decay, mask)
+        y, state, _ = reference(*inputs, decay=decay, mask=mask)
     return y.to(value.dtype), state

@@ -28,6 +28,6 @@ def gated_slots(
         reads.append(torch.einsum("bks,bksm->bm", alpha[:, t], M))
         keep = decay * (1 - MAX_ERASE * w[:, t] * erase[:, t, None, None])  # [B, K, S]
         if mask is not None:
-            keep = torch.where(mask[:, t, None, None] > 0, keep, 1.0)
+            keep = torch.where(mask[:, t, None, None].bool(), keep, 1.0)
         M = keep[..., None] * M + w[:, t, ..., None] * value[:, t, None, None]
     return torch.stack(reads, dim=1), M, w

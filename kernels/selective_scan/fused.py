@@ -52,7 +52,7 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="selective_scan")
 
 
-def _run(kernel, arguments: tuple, tasks: int, work: int) -> None:
+def run_tasks(kernel, arguments: tuple, tasks: int, work: int) -> None:
     """Split the tasks over torch's number of threads; the kernels release the GIL."""
     threads = min(torch.get_num_threads(), tasks) if work > SERIAL_WORK else 1
     bounds = [tasks * k // threads for k in range(threads + 1)]
@@ -104,7 +104,7 @@ def forward(inputs: ScanInputs, save: bool) -> tuple[Tensor, Tensor, Tensor]:
         starts.view(batch, -1 if save else 0, states, channels).numpy(),
         inputs.delta_softplus, inputs.z is not None, inputs.mask is not None, save, CHUNK,
     )  # fmt: skip
-    _run(_kernels().forward, arguments, batch * blocks, batch * time * channels * states)
+    run_tasks(_kernels().forward, arguments, batch * blocks, batch * time * channels * states)
     return y.transpose(1, 2), final, starts
 
 
@@ -125,7 +125,7 @@ def backward(inputs: ScanInputs, starts: Tensor, grad_y: Tensor, grad_final: Ten
         grad_final.contiguous().numpy(), *(x.numpy() for x in outputs),
         inputs.delta_softplus, inputs.z is not None, inputs.mask is not None, CHUNK,
     )  # fmt: skip
-    _run(_kernels().backward, arguments, batch * blocks, batch * time * channels * states)
+    run_tasks(_kernels().backward, arguments, batch * blocks, batch * time * channels * states)
     return ScanGradients(
         u=grad_u.transpose(1, 2),
         delta=grad_delta.transpose(1, 2),
@@ -175,7 +175,7 @@ def conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor, u
     batch, channels, time = x.shape
     y = x.new_empty(batch, time, channels)
     arguments = (*_prepare_conv(x, weight, bias, tail), y.numpy(), use_silu)
-    _run(_conv_kernels().forward, arguments, batch * -(-channels // _kernels().BLOCK), 4 * x.numel())
+    run_tasks(_conv_kernels().forward, arguments, batch * -(-channels // _kernels().BLOCK), 4 * x.numel())
     return y.transpose(1, 2)
 
 
@@ -195,5 +195,5 @@ def conv_backward(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor, 
     grad_weight, grad_bias = x.new_empty(batch, weight.shape[1], channels), x.new_empty(batch, channels)
     outputs = (v.numpy() for v in (grad_x, grad_tail, grad_weight, grad_bias))
     arguments = (*_prepare_conv(x, weight, bias, tail, grad_y), *outputs, use_silu)
-    _run(_conv_kernels().backward, arguments, batch * -(-channels // _kernels().BLOCK), 8 * x.numel())
+    run_tasks(_conv_kernels().backward, arguments, batch * -(-channels // _kernels().BLOCK), 8 * x.numel())
     return grad_x.transpose(1, 2), grad_weight.sum(0).t(), None if bias is None else grad_bias.sum(0), grad_tail
