@@ -1,0 +1,1 @@
+"""Training on Hugging Face's Trainer: `memzoo train CONFIG.yaml` and the parts it is made of."""
