@@ -6,7 +6,9 @@ The state-space mixer is kept small (state_size 2, expand 1), so that what is re
 """
 
 import argparse
+import contextlib
 import statistics
+import sys
 import tempfile
 
 from memzoo import MaruConfig
@@ -50,7 +52,8 @@ def main() -> None:
         task = RecallTask(num_pairs=pairs, num_queries=pairs, num_keys=2 * pairs, num_values=16)
         cells = []
         for banks in (0, 4):
-            scores = [accuracy(banks, task, seed, args.steps) for seed in range(args.seeds)]
+            with contextlib.redirect_stdout(sys.stderr):  # Trainer's log
+                scores = [accuracy(banks, task, seed, args.steps) for seed in range(args.seeds)]
             cells.append(f"{statistics.mean(scores):.2f} ({min(scores):.2f}-{max(scores):.2f})")
         print(f"| {pairs} | {1 / task.num_values:.2f} | {cells[0]} | {cells[1]} |", flush=True)
 

@@ -15,6 +15,7 @@ from memzoo.kernels.gated_slots import reference as gated_slots_reference
 from memzoo.kernels.linear_scan import linear_scan
 from memzoo.kernels.memory_gru.reference import route
 from memzoo.kernels.memory_mingru import fused
+from memzoo.kernels.memory_mingru.fused import READ_EPS
 
 __all__ = ["MemoryMinGRUWeights", "memory_mingru", "split_sizes"]
 
@@ -52,10 +53,11 @@ def memory_mingru(
     l = W_o relu(x_router) + b_o,  rho = topk(softmax(l + router_bias)), bank 0 = 1 if shared
     address = softmax_S((1 + softplus(strength)) cos(query, slot_key)), one to read and one to write
     c_t = rho read' M_{t-1};  M_t = decay (1 - MAX_ERASE w e) M_{t-1} + w v',  w = rho sigmoid(gate) write
-    z, n = sigmoid, tanh of x_gates + W_c c;  h_t = (1 - z) h_{t-1} + z n
+    z, n = sigmoid, tanh of x_gates + W_c c / sqrt(mean(c^2) + READ_EPS);  h_t = (1 - z) h_{t-1} + z n
 
-    with e = sigmoid(erase), v = tanh(value). With a cap, |v| <= MAX_ERASE e cap, which keeps every slot's norm below
-    the cap if it starts there (M0 is shortened to it) and leaves the recurrence linear.
+    with e = sigmoid(erase), v = tanh(value). The read is normalised because what a slot holds after one write is
+    small: without it almost no gradient reaches the memory at the start. With a cap, |v| <= MAX_ERASE e cap, which
+    keeps every slot's norm below the cap if it starts there (M0 is shortened to it) and leaves the recurrence linear.
 
     Args:
         x: [B, T, P], the projected input, its parts as in `split_sizes`.
@@ -88,7 +90,7 @@ def memory_mingru(
     addresses = queries @ F.normalize(weights.slot_keys, dim=-1).view(K * S, m).mT  # [B, T, 2, K S]
     arguments = (addresses.unflatten(-1, (K, S)), rho, gate, erase, value, M0)
     c, M = gated_slots(*arguments, decay=decay, mask=mask)
-    h, h_last = mingru(gates + F.linear(c, weights.gates_c), h0, mask)
+    h, h_last = mingru(gates + F.linear(normalised(c), weights.gates_c), h0, mask)
     if not return_writes:
         return h, logits, (h_last, M)
     with torch.no_grad():
@@ -104,6 +106,11 @@ def mingru(gates: Tensor, h0: Tensor, mask: Tensor | None) -> tuple[Tensor, Tens
         update = update * mask[..., None]
     h, h_last = linear_scan(1 - update, update * candidate.tanh(), h0)
     return h.to(gates.dtype), h_last
+
+
+def normalised(c: Tensor) -> Tensor:
+    """c / sqrt(mean(c^2) + READ_EPS) over the last dim."""
+    return F.rms_norm(c, c.shape[-1:], eps=READ_EPS)
 
 
 def shorten(x: Tensor, largest: Tensor | float) -> Tensor:

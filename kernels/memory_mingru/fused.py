@@ -10,6 +10,8 @@ from torch import Tensor
 
 from memzoo.kernels.gated_slots.reference import MAX_ERASE
 
+READ_EPS = 1e-4  # on the mean square of what is read; an empty memory reads as zero
+
 _HAS_NUMBA = importlib.util.find_spec("numba") is not None
 
 
@@ -141,6 +143,7 @@ def _kernel():
                     for j in range(m):
                         c[j] += a * short * old[j]
                         new[j] = keep * short * old[j] + w * value[j]
+            c *= real(1 / math.sqrt(dot(c, c) / m + READ_EPS))
             for i in range(H):
                 z = real(sigmoid(row[at + i] + dot(W_c[i], c)))
                 n = real(math.tanh(row[at + H + i] + dot(W_c[H + i], c)))

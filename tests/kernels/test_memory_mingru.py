@@ -48,7 +48,7 @@ def loop(x, h, banks, weights, bias, top_k=None, shared_bank=False, decay=1.0, s
             w = rho[k] * gate.sigmoid() * write
             new[k] = decay * (1 - 0.99 * w * e)[:, None] * banks[k] + w[:, None] * v
         banks = new
-        z, n = (gates + weights.gates_c @ c).chunk(2)
+        z, n = (gates + weights.gates_c @ c / (c.square().mean() + 1e-4).sqrt()).chunk(2)
         h = (1 - z.sigmoid()) * h + z.sigmoid() * n.tanh()
         out.append(h)
     return torch.stack(out), h, banks
