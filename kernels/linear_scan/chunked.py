@@ -1,7 +1,8 @@
-"""The linear recurrence in two levels: about 2 sqrt(T) steps instead of T, and no division or logarithm.
+"""The linear recurrence: a compiled loop on the CPU where numba is installed (loops.py), two levels elsewhere.
 
-Time is cut into n chunks of C. All chunks run side by side from a zero state (C steps), then their ends are chained
-(n steps), then every chunk adds what its start contributes: h = h_local + (product of a) * h_start.
+Two levels take about 2 sqrt(T) steps instead of T, and no division or logarithm. Time is cut into n chunks of C. All
+chunks run side by side from a zero state (C steps), then their ends are chained (n steps), then every chunk adds what its
+start contributes: h = h_local + (product of a) * h_start.
 """
 
 import math
@@ -10,12 +11,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memzoo.kernels.selective_scan.fused import is_available, run_tasks
+
 
 @torch.library.custom_op("memzoo::linear_scan", mutates_args=())
 def scan(a: Tensor, b: Tensor, initial_state: Tensor, reverse: bool) -> Tensor:
     """h_t = a_t h_{t-1} + b_t, or h_t = a_t h_{t+1} + b_t when reversed; a, b [B, T, H], initial_state [B, H]."""
-    if reverse:
-        return scan(a.flip(1), b.flip(1), initial_state, False).flip(1)
+    if b.device.type == "cpu" and is_available():
+        return _compiled(a, b, initial_state, reverse)
+    return two_levels(a.flip(1), b.flip(1), initial_state).flip(1) if reverse else two_levels(a, b, initial_state)
+
+
+def _compiled(a: Tensor, b: Tensor, initial_state: Tensor, reverse: bool) -> Tensor:
+    from memzoo.kernels.linear_scan.loops import BLOCK, run
+
+    h = b.new_empty(b.shape)
+    inputs = [x.detach().contiguous().numpy() for x in (a, b, initial_state)]
+    run_tasks(run, (*inputs, reverse, h.numpy()), len(b) * -(-b.shape[2] // BLOCK), b.numel())
+    return h
+
+
+def two_levels(a: Tensor, b: Tensor, initial_state: Tensor) -> Tensor:
+    """h_t = a_t h_{t-1} + b_t with torch operators, on any device."""
     B, T, H = b.shape
     C = max(1, math.isqrt(T))
     n = -(-T // C)

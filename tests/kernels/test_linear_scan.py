@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from memzoo.kernels.linear_scan import linear_scan, reference
+from memzoo.kernels.linear_scan.chunked import two_levels
 
 
 def inputs(T: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
@@ -21,6 +22,14 @@ def test_agrees_with_the_loop(T):
     ]
     for x, y in zip((*got, *gradients[0]), (*expected, *gradients[1])):
         torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("T", [1, 2, 3, 16, 17, 101])
+def test_two_levels_agree_with_the_loop(T):
+    """What runs on a GPU, and on a CPU without numba."""
+    tensors = inputs(T)
+    torch.testing.assert_close(two_levels(*tensors), reference(*tensors)[0], rtol=1e-12, atol=1e-12)
 
 
 def test_gradcheck_and_double_backward():
