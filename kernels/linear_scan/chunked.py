@@ -1,7 +1,7 @@
 """The linear recurrence: a compiled loop on the CPU where numba is installed (loops.py), two levels elsewhere.
 
 Two levels take about 2 sqrt(T) steps instead of T, and no division or logarithm. Time is cut into n chunks of C. All
-chunks run side by side from a zero state (C steps), then their ends are chained (n steps), then every chunk adds what its
+chunks run side by side from a zero state (C steps), their ends are chained (n steps), and every chunk adds what its
 start contributes: h = h_local + (product of a) * h_start.
 """
 
