@@ -1,4 +1,4 @@
-# make demo    train on real text, reload, generate, draw (4 minutes on two cores)
+# make demo    train on real text, reload, generate, draw (2 minutes on two cores)
 # make test    the test suite            make test-slow   everything, learning tests included
 # make quality ruff and mypy             make laws        the ten laws of a memory, every family
 # make bench   side by side with peers   make hf-suite    transformers' own model tests on our model types

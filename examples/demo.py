@@ -1,4 +1,4 @@
-"""The whole of memzoo in four minutes on two cores; `make demo` runs it.
+"""The whole of memzoo in two minutes on two cores; `make demo` runs it.
 
     train      memzoo train training/configs/maru_demo.yaml, on State of the Union addresses, byte by byte
     generate   a new process: AutoModelForCausalLM.from_pretrained and pipeline("text-generation")
