@@ -7,10 +7,10 @@ from torch import Tensor
 
 from memzoo.kernels.gated_slots import fused
 from memzoo.kernels.gated_slots.chunked import CHUNK, gated_slots_chunked
-from memzoo.kernels.gated_slots.reference import MAX_ERASE, MIN_DECAY
+from memzoo.kernels.gated_slots.reference import MAX_ERASE, MIN_DECAY, write_weights
 from memzoo.kernels.gated_slots.reference import gated_slots as reference
 
-__all__ = ["CHUNK", "MAX_ERASE", "MIN_DECAY", "gated_slots", "reference"]
+__all__ = ["CHUNK", "MAX_ERASE", "MIN_DECAY", "gated_slots", "reference", "write_weights"]
 
 
 def gated_slots(
@@ -75,5 +75,5 @@ def gated_slots(
     elif implementation == "chunked":
         y, state = gated_slots_chunked(*inputs, decay, None if mask is None else mask.to(dtype))
     else:
-        y, state, _ = reference(*inputs, decay=decay, mask=mask)
+        y, state = reference(*inputs, decay=decay, mask=mask)
     return y.to(value.dtype), state

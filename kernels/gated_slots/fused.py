@@ -7,6 +7,8 @@ from torch import Tensor
 
 from memzoo.kernels.selective_scan.fused import is_available, run_tasks
 
+CHUNK = 32  # steps between the states that a forward keeps for its backward
+
 __all__ = ["gated_slots_fused", "is_available"]
 
 
@@ -40,7 +42,7 @@ def _forward(
     p = logits.softmax(-1)
     state = initial_state.clone(memory_format=torch.contiguous_format)
     y = value.new_empty(K, B, T, m)
-    starts = value.new_empty(B, K, -(-T // _loops().CHUNK) if save else 0, S, m)
+    starts = value.new_empty(B, K, -(-T // CHUNK) if save else 0, S, m)
     inputs = _arrays(p, router, write_gate, erase, value, mask)
     run_tasks(
         _loops().forward, (*inputs, decay, y.numpy(), state.numpy(), starts.numpy()), B * K, T * p[0, 0].numel() * m
@@ -51,7 +53,7 @@ def _forward(
 @_forward.register_fake
 def _(logits, router, write_gate, erase, value, initial_state, decay, mask, save):
     (B, T, m), (K, S) = value.shape, logits.shape[3:]
-    chunks = -(-T // 32) if save else 0
+    chunks = -(-T // CHUNK) if save else 0
     state = initial_state.new_empty(initial_state.shape)
     return value.new_empty(B, T, m), state, logits.new_empty(logits.shape), value.new_empty(B, K, chunks, S, m)
 

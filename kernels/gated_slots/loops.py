@@ -7,10 +7,9 @@ over it. That beats the matrix form (chunked.py), whose states per chunk do not 
 import numpy as np
 from numba import njit
 
+from memzoo.kernels.gated_slots.fused import CHUNK
 from memzoo.kernels.gated_slots.reference import MAX_ERASE
 from memzoo.kernels.selective_scan.fused_kernels import FAST, OPTIONS
-
-CHUNK = 32  # steps between the states that a forward keeps for its backward
 
 
 @njit(fastmath=FAST, **OPTIONS)

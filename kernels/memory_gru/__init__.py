@@ -4,17 +4,15 @@
 and the plain torch loop everywhere else. Both are the same function.
 """
 
-import importlib.util
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from memzoo.kernels.memory_gru.reference import MemoryGRUWeights, memory_gru_reference
+from memzoo.kernels.selective_scan.fused import is_available as has_numba
 
 __all__ = ["MemoryGRUWeights", "memory_gru"]
-
-_HAS_NUMBA = importlib.util.find_spec("numba") is not None
 
 
 def memory_gru(
@@ -51,10 +49,10 @@ def memory_gru(
     if slot_norm_cap is not None and not slot_norm_cap > 0:
         raise ValueError(f"slot_norm_cap is {slot_norm_cap}, expected a positive number or None")
     on_cpu = x_gates.device.type == "cpu"
-    if implementation == "fused" and not (on_cpu and _HAS_NUMBA):
+    if implementation == "fused" and not (on_cpu and has_numba()):
         raise RuntimeError(
             "implementation='fused' needs CPU tensors and numba (`pip install memzoo[numba]`); "
-            f"given {x_gates.device.type} tensors, numba {'found' if _HAS_NUMBA else 'missing'}"
+            f"given {x_gates.device.type} tensors, numba {'found' if has_numba() else 'missing'}"
         )
 
     tensors = [x_router, x_query, x_gates, h0, M0, *weights] + [x for x in (router_bias,) if x is not None]
@@ -72,7 +70,7 @@ def memory_gru(
         float(decay),
         slot_norm_cap,
     )
-    if implementation == "fused" or (implementation == "auto" and on_cpu and _HAS_NUMBA):
+    if implementation == "fused" or (implementation == "auto" and on_cpu and has_numba()):
         from memzoo.kernels.memory_gru.fused import memory_gru_fused  # numba is optional, and compiles when used
 
         h_seq, logits, h, M, writes = memory_gru_fused(*arguments, return_writes)

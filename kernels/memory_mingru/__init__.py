@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memzoo.kernels.gated_slots import MAX_ERASE, gated_slots
-from memzoo.kernels.gated_slots import reference as gated_slots_reference
+from memzoo.kernels.gated_slots import MAX_ERASE, gated_slots, write_weights
 from memzoo.kernels.linear_scan import linear_scan
 from memzoo.kernels.memory_gru.reference import route
 from memzoo.kernels.memory_mingru import fused
@@ -93,9 +92,7 @@ def memory_mingru(
     h, h_last = mingru(gates + F.linear(normalised(c), weights.gates_c), h0, mask)
     if not return_writes:
         return h, logits, (h_last, M)
-    with torch.no_grad():
-        writes = gated_slots_reference(*arguments, decay=decay, mask=mask)[2]
-    return h, logits, (h_last, M), writes
+    return h, logits, (h_last, M), write_weights(*arguments[:3], mask).detach()
 
 
 def mingru(gates: Tensor, h0: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

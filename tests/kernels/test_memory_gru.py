@@ -6,7 +6,7 @@ import torch
 import memzoo.kernels.memory_gru as package
 from memzoo.kernels.memory_gru import MemoryGRUWeights, memory_gru
 
-needs_numba = pytest.mark.skipif(not package._HAS_NUMBA, reason="numba is not installed")
+needs_numba = pytest.mark.skipif(not package.has_numba(), reason="numba is not installed")
 fused = pytest.param("fused", marks=needs_numba)
 each_implementation = pytest.mark.parametrize("implementation", ["reference", fused])
 
@@ -172,7 +172,7 @@ def test_strides_compile_and_double_backward():
 @needs_numba
 def test_without_numba(monkeypatch):
     inputs, weights, _ = make(T=2)
-    monkeypatch.setattr(package, "_HAS_NUMBA", False)
+    monkeypatch.setattr(package, "has_numba", lambda: False)
     torch.testing.assert_close(flat(memory_gru(*inputs, weights)), flat(memory_gru(*inputs, weights)))
     with pytest.raises(RuntimeError, match="numba"):
         memory_gru(*inputs, weights, implementation="fused")
