@@ -7,23 +7,18 @@ read, so a token costs the same at any context length.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.output_capturing import OutputRecorder
 
+from memzoo.modeling.backbone import MemoryBackbone, MemoryCausalLM, MemoryPreTrainedModel
 from memzoo.modeling.cache import MemoryCache, MemoryGenerationMixin
-from memzoo.modeling.inputs import embed_and_check
 from memzoo.modeling.maru.configuration_maru import MaruConfig
 from memzoo.modeling.memory_gru import MemoryCell, ParallelMemoryGRU, RouterBalance, SequentialMemoryGRU
-from memzoo.modeling.padding import compaction
 from memzoo.modeling.state_space import SelectiveStateSpace
 from memzoo.modeling.statistics import router_statistics, slot_statistics
 
@@ -83,14 +78,10 @@ class MaruBlock(GradientCheckpointingLayer):
         return hidden_states + self.dropout(self.out_proj(h))
 
 
-class MaruPreTrainedModel(PreTrainedModel):
+class MaruPreTrainedModel(MemoryPreTrainedModel):
     config: MaruConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
     _no_split_modules = ["MaruBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
     _keep_in_fp32_modules_strict = ["balance"]
-    _is_stateful = True
     _can_record_outputs = {
         "hidden_states": MaruBlock,
         "router_logits": OutputRecorder(MemoryCell, index=2),
@@ -107,8 +98,10 @@ class MaruPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
 
-class MaruModel(MaruPreTrainedModel):
+class MaruModel(MemoryBackbone, MaruPreTrainedModel):
     """The backbone. See `MaruForCausalLM` for the head."""
+
+    output_class = MaruModelOutput
 
     def __init__(self, config: MaruConfig) -> None:
         super().__init__(config)
@@ -121,48 +114,14 @@ class MaruModel(MaruPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @merge_with_config_defaults
-    @capture_outputs
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: Tensor | None = None,
-        past_key_values: MemoryCache | None = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> MaruModelOutput:
-        """Read a batch of sequences, going on from `past_key_values`.
+    def enter(self, embeddings: Tensor) -> Tensor:
+        return self.dropout(self.embed_proj(embeddings))
 
-        Args:
-            input_ids: [B, T]; or inputs_embeds [B, T, embedding_size].
-            attention_mask: [B, T], or [B, past + T]; 0 marks pads, wherever they are.
-            past_key_values: the memory to go on from; it is updated.
-            use_cache: start a memory when none is given, and return it.
-        """
-        hidden_states = embed_and_check(self, input_ids, inputs_embeds, past_key_values)
-        B, T, _ = hidden_states.shape
-        if use_cache and past_key_values is None:
-            past_key_values = MemoryCache(self.config)
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-        move = compaction(attention_mask, B, T, seen)
-        hidden_states = self.dropout(self.embed_proj(hidden_states))
-        if move is not None:
-            hidden_states = move.apply(hidden_states)
-        for layer in self.layers:
-            hidden_states = layer(
-                hidden_states,
-                mask=None if move is None else move.mask,
-                past_key_values=past_key_values,
-                output_memory_writes=bool(kwargs.get("output_memory_writes")),
-            )
-        hidden_states = self.norm(hidden_states)
-        if move is not None:
-            hidden_states = move.undo(hidden_states)
-        return MaruModelOutput(last_hidden_state=hidden_states, past_key_values=past_key_values)
+    def layer_arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        return {"output_memory_writes": bool(kwargs.get("output_memory_writes"))}
 
 
-class MaruForCausalLM(MaruPreTrainedModel, MemoryGenerationMixin):
+class MaruForCausalLM(MemoryCausalLM, MaruPreTrainedModel, MemoryGenerationMixin):
     """MARU with a language-model head.
 
     ```python
@@ -173,7 +132,7 @@ class MaruForCausalLM(MaruPreTrainedModel, MemoryGenerationMixin):
     ```
     """
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    output_class = MaruCausalLMOutput
 
     def __init__(self, config: MaruConfig) -> None:
         super().__init__(config)
@@ -181,59 +140,15 @@ class MaruForCausalLM(MaruPreTrainedModel, MemoryGenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: Tensor | None = None,
-        past_key_values: MemoryCache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> MaruCausalLMOutput:
-        """As `MaruModel.forward`; `labels` [B, T] (shifted inside, -100 ignored) add the loss in nats per token."""
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return MaruCausalLMOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            router_logits=outputs.router_logits,
-            memory_writes=outputs.memory_writes,
-        )
-
-    @torch.no_grad()
-    def _observe(self, input_ids: torch.LongTensor, attention_mask: Tensor | None) -> MaruModelOutput:
-        """Read a text in eval mode and return all that the memory did."""
-        was_training = self.training
-        self.eval()
-        flags = {"output_router_logits": True, "output_memory_writes": True, "use_cache": False}
-        out = self.model(input_ids, attention_mask=attention_mask, **flags)
-        self.train(was_training)
-        return out
-
     def memory_trace(self, input_ids: torch.LongTensor, attention_mask: Tensor | None = None) -> tuple[Tensor, ...]:
         """How strongly every token writes every slot: [B, T, K, S] a layer (empty when the memory is off)."""
-        return self._observe(input_ids, attention_mask).memory_writes or ()
+        return self.observe(input_ids, attention_mask, output_memory_writes=True).memory_writes or ()
 
     def get_memory_stats(
         self, input_ids: torch.LongTensor, attention_mask: Tensor | None = None
     ) -> list[dict[str, float]]:
         """What the memory does with a text, a dict a layer: the router's statistics and the slots' use."""
-        out = self._observe(input_ids, attention_mask)
+        out = self.observe(input_ids, attention_mask, output_router_logits=True, output_memory_writes=True)
         stats = []
         for layer, logits, writes in zip(self.model.layers, out.router_logits or (), out.memory_writes or ()):
             router = layer.cell.router

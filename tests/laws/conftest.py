@@ -12,6 +12,7 @@ import memzoo  # noqa: F401 (registers the families)
 class Row(NamedTuple):
     model_type: str
     fields: dict[str, Any]
+    constant_state: bool = True  # False for options with full attention, whose keys and values grow
 
     def build(self, dtype: torch.dtype = torch.float64, **overrides: Any) -> PreTrainedModel:
         """A tiny model in eval mode, its weights large enough that every part matters."""
