@@ -146,7 +146,7 @@ class MemoryCache(Cache):
     @property
     def batch_size(self) -> int:
         """Sequences remembered, -1 before the first token."""
-        return next((state.shape[0] for state in self.states.values()), -1)
+        return next((state.shape[0] for layer in self.layers for state in layer.states.values()), -1)
 
     @property
     def nbytes(self) -> int:

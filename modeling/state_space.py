@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from memzoo.kernels.selective_scan import causal_conv1d, selective_scan
+from memzoo.kernels.selective_scan import causal_conv1d, causal_conv1d_update, selective_scan, selective_scan_update
 
 
 class SelectiveStateSpace(nn.Module):
@@ -61,6 +61,9 @@ class SelectiveStateSpace(nn.Module):
         self, hidden_states: Tensor, state: dict[str, Tensor], mask: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """`state` may be empty; `mask` [B, T]: each row's real tokens first. Returns the output and the new state."""
+        if state and mask is None and hidden_states.shape[1] == 1:
+            y, state = self._step(hidden_states[:, 0], state)
+            return y[:, None], state
         u, z = (x.mT for x in self.in_proj(hidden_states).chunk(2, dim=-1))  # [B, I, T], views
         weight = self.conv1d.weight.squeeze(1)
         u, conv = causal_conv1d(u, weight, self.conv1d.bias, state.get("conv"), mask, activation="silu")
@@ -68,7 +71,7 @@ class SelectiveStateSpace(nn.Module):
         y, ssm = selective_scan(
             u,
             F.linear(delta, self.dt_proj.weight).mT,
-            -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32))),
+            self._A(),
             B.mT,
             C.mT,
             D=self.D,
@@ -79,3 +82,15 @@ class SelectiveStateSpace(nn.Module):
             mask=mask,
         )
         return self.out_proj(y.mT), {"conv": conv, "ssm": ssm}
+
+    def _A(self) -> Tensor:
+        return -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+
+    def _step(self, hidden_states: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """One token [B, D], without an axis of time."""
+        u, z = self.in_proj(hidden_states).chunk(2, dim=-1)  # [B, I]
+        u, conv = causal_conv1d_update(state["conv"], u, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu")
+        delta, B, C = self.x_proj(u).split(self.sizes, dim=-1)
+        delta, bias = F.linear(delta, self.dt_proj.weight), self.dt_proj.bias
+        y, ssm = selective_scan_update(state["ssm"], u, delta, self._A(), B, C, self.D, z, bias, True)
+        return self.out_proj(y), {"conv": conv, "ssm": ssm}

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from memzoo.kernels.selective_scan import fused, reference
 from memzoo.kernels.selective_scan.common import ScanInputs, check_inputs, compute_dtype
-from memzoo.kernels.selective_scan.conv import causal_conv1d
+from memzoo.kernels.selective_scan.conv import causal_conv1d, causal_conv1d_update
 from memzoo.kernels.selective_scan.operators import scan_op
 from memzoo.kernels.selective_scan.update import selective_scan_update, single_step
 
-__all__ = ["causal_conv1d", "selective_scan", "selective_scan_update"]
+__all__ = ["causal_conv1d", "causal_conv1d_update", "selective_scan", "selective_scan_update"]
 
 Implementation = Literal["auto", "reference", "chunked", "fused", "triton"]
 

@@ -32,18 +32,35 @@ def causal_conv1d(
     tail = x.new_zeros(x.shape[0], x.shape[1], weight.shape[1] - 1) if initial_state is None else initial_state
     tail = tail.to(x.dtype)
     dtype = compute_dtype(x)
-    arguments = [None if v is None else v.to(dtype) for v in (x, weight, bias, tail)]
+    arguments = [v if v is None or v.dtype == dtype else v.to(dtype) for v in (x, weight, bias, tail)]
     eager = x.device.type == "cpu" and not torch.compiler.is_compiling() and fused.is_available()
     with_grad = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in arguments)
     if eager and x.shape[2] == 1 and mask is None and not with_grad:
-        y, tail = fused.conv_step(*arguments, activation == "silu")
-        return y.to(x.dtype), tail.to(x.dtype)
+        y, tail = fused.conv_step(arguments[0][..., 0], *arguments[1:], activation == "silu")
+        return y[..., None].to(x.dtype), tail.to(x.dtype)
     if eager and x.shape[2] > 1:
         y = _FusedConv.apply(*arguments, activation == "silu")
     else:
         y = _shifted_products(*arguments)
         y = F.silu(y) if activation == "silu" else y
     return y.to(x.dtype), _final_tail(x, tail, mask)
+
+
+def causal_conv1d_update(
+    state: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: Literal["silu"] | None = "silu",
+) -> tuple[Tensor, Tensor]:
+    """One step of `causal_conv1d`: x [batch, channels], state its tail [batch, channels, W - 1], never written to.
+
+    Returns y [batch, channels] and the new tail in x's dtype. Raises ValueError for a wrong shape.
+    """
+    if x.dim() != 2:
+        raise ValueError(f"x must be [batch, channels], got shape {list(x.shape)}")
+    y, tail = causal_conv1d(x[..., None], weight, bias, state, activation=activation)
+    return y[..., 0], tail
 
 
 def _check(x, weight, bias, initial_state, mask, activation) -> None:

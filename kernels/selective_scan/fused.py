@@ -180,11 +180,11 @@ def conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor, u
 
 
 def conv_step(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor, use_silu: bool) -> tuple[Tensor, Tensor]:
-    """One token without autograd, x [B, I, 1]: y and the new tail."""
+    """One token without autograd, x [B, I]: y and the new tail."""
     y, new_tail = x.new_empty(x.shape), x.new_empty(tail.shape)
     bias = x.new_zeros(x.shape[1]) if bias is None else bias
-    arrays = [v.detach().contiguous().numpy() for v in (x[:, :, 0], tail, weight, bias)]
-    _conv_kernels().step(*arrays, y.numpy()[:, :, 0], new_tail.numpy(), use_silu)
+    arrays = [v.detach().contiguous().numpy() for v in (x, tail, weight, bias)]
+    _conv_kernels().step(*arrays, y.numpy(), new_tail.numpy(), use_silu)
     return y, new_tail
 
 

@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from memzoo.kernels.selective_scan import selective_scan, selective_scan_update
+from memzoo.kernels.selective_scan import (
+    causal_conv1d,
+    causal_conv1d_update,
+    selective_scan,
+    selective_scan_update,
+)
 
 
 def make_inputs(batch=3, channels=67, time=9, states=5, dtype=torch.float64):
@@ -78,3 +83,19 @@ def test_errors_name_the_argument():
         selective_scan_update(state, u, u, A, B, u)
     with pytest.raises(ValueError, match=r"u must be \[batch, channels\]"):
         selective_scan_update(state, u[:, :, None], u, A, B, B)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_convolution_steps_equal_the_convolution(grad, dtype):
+    x, weight, bias = (torch.randn(*shape, dtype=torch.float64).to(dtype) for shape in ((2, 67, 9), (67, 4), (67,)))
+    expected, tail = causal_conv1d(x, weight, bias)
+    state = torch.zeros(2, 67, 3, dtype=dtype)
+    tolerance = 1e-12 if dtype == torch.float64 else 2 * torch.finfo(dtype).eps
+    for t in range(9):
+        y, state = causal_conv1d_update(state, x[:, :, t].requires_grad_(grad), weight, bias)
+        assert y.requires_grad == grad and y.dtype == state.dtype == dtype
+        torch.testing.assert_close(y, expected[:, :, t], rtol=tolerance, atol=tolerance)
+    assert torch.equal(state, tail)
+    with pytest.raises(ValueError, match="x must be"):
+        causal_conv1d_update(state, x, weight)
