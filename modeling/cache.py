@@ -120,8 +120,9 @@ class MemoryCache(Cache):
         config: the configuration of the model that the memory belongs to.
     """
 
-    def __init__(self, config: PreTrainedConfig) -> None:
-        if not isinstance(config, MemoryModelConfig):
+    def __init__(self, config: Any) -> None:
+        # not isinstance: code that was loaded from the Hub may come in two copies
+        if not hasattr(config, "memory_fingerprint"):
             raise TypeError(
                 f"MemoryCache needs the configuration of a memzoo model, not {type(config).__name__}; "
                 "other models use transformers' DynamicCache(config=config)"

@@ -3,8 +3,6 @@
 torch.compile and torch.export see one opaque node with a shape function and a gradient. First-order gradients only.
 """
 
-import importlib
-
 import torch
 from torch import Tensor
 
@@ -12,7 +10,13 @@ from memzoo.kernels.selective_scan.common import CHUNK, ScanInputs, compute_dtyp
 
 
 def _implementation(name: str):
-    return importlib.import_module(f"memzoo.kernels.selective_scan.{name}")
+    if name == "triton":
+        from memzoo.kernels.selective_scan import triton
+
+        return triton
+    from memzoo.kernels.selective_scan import chunked, fused
+
+    return {"chunked": chunked, "fused": fused}[name]
 
 
 @torch.library.custom_op("memzoo::selective_scan", mutates_args=())

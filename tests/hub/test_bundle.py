@@ -1,0 +1,87 @@
+"""Models with their code beside them load, and compute the same, where memzoo is not installed."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+import memzoo
+from memzoo import MaruTokenizer
+from memzoo.hub_cards.bundle import bundle, flat_name, flatten
+
+LOAD = """
+import json, sys
+sys.modules["memzoo"] = None  # as if it were not installed
+for name in json.loads(sys.argv[3]):
+    sys.modules[name] = None
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+torch.set_num_threads(1)
+ids = torch.arange(3, 40)[None]
+logits = {}
+for folder in json.loads(sys.argv[1]):
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    logits[folder] = model(ids).logits
+    model.generate(ids, max_new_tokens=2, do_sample=False)
+tokenizer = AutoTokenizer.from_pretrained(next(iter(logits)), trust_remote_code=True)
+assert tokenizer.decode(tokenizer("čau")["input_ids"], skip_special_tokens=True) == "čau"
+torch.save(logits, sys.argv[2])
+"""
+TINY = {"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 264}
+
+
+@pytest.mark.parametrize("missing", [[], ["numba", "triton"]], ids=["with numba", "without"])
+def test_every_family_loads_without_memzoo(tmp_path, missing):
+    ids = torch.arange(3, 40)[None]
+    expected = {}
+    for model_type in memzoo._FAMILIES:
+        fields = {"num_attention_heads": 2} if hasattr(AutoConfig.for_model(model_type), "num_attention_heads") else {}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **TINY, **fields)).eval()
+        folder = tmp_path / model_type
+        model.save_pretrained(folder)
+        MaruTokenizer().save_pretrained(folder)
+        assert bundle(folder)
+        with torch.no_grad():
+            expected[str(folder)] = model(ids).logits
+    result = tmp_path / "logits.pt"
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
+    arguments = [json.dumps(list(expected)), str(result), json.dumps(missing)]
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", LOAD, *arguments], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    for folder, logits in torch.load(result, weights_only=True).items():
+        if missing:
+            torch.testing.assert_close(logits, expected[folder], rtol=1e-4, atol=1e-5)
+        else:
+            assert torch.equal(logits, expected[folder])
+
+
+def test_flat_files_import_nothing_of_memzoo_and_are_complete():
+    files = flatten(["memzoo.modeling.maru.modeling_maru"])
+    assert {"modeling_maru", "configuration_maru", "cache", "kernel_selective_scan"} <= files.keys()
+    for name, source in files.items():
+        for line in source.splitlines():
+            words = line.split()
+            if words[:1] in (["from"], ["import"]) and len(words) > 1:
+                assert not words[1].startswith("memzoo"), f"{name}: {line}"
+                if words[1].startswith("."):
+                    assert words[1][1:] in files, f"{name}: {line}"
+
+
+def test_names_are_flat_and_do_not_collide():
+    assert flat_name("memzoo.modeling.neural_memory") == "neural_memory"
+    assert flat_name("memzoo.kernels.neural_memory") == "kernel_neural_memory"
+    assert flat_name("memzoo.kernels.neural_memory.step") == "kernel_neural_memory_step"
+
+
+def test_other_models_and_empty_folders_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+        bundle(tmp_path)
+    LlamaConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="'llama' is not a memzoo family"):
+        bundle(tmp_path)
