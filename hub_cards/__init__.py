@@ -1,1 +1,1 @@
-"""Model cards, and the bundle that lets a model run from the Hub without memzoo installed. Not written yet."""
+"""Models, adapters and memories on the Hub: cards, pushing and pulling with checks, code for people without memzoo."""
