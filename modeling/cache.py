@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -223,6 +224,24 @@ class MemoryCache(Cache):
             (Path(scratch) / SNAPSHOT_INDEX).write_text(json.dumps(index, indent=2) + "\n")
             for name in (SNAPSHOT_WEIGHTS, SNAPSHOT_INDEX):
                 os.replace(Path(scratch) / name, folder / name)
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, revision: str | None = None, token: str | None = None
+    ) -> str:
+        """Publish a snapshot as one commit of the repository `repo_id` ("user/name"); returns the commit's address.
+
+        `memzoo pull`, or `huggingface_hub.snapshot_download`, brings it back as a folder for `from_pretrained`.
+        """
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            if revision is not None:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            done = api.upload_folder(
+                folder_path=folder, repo_id=repo_id, revision=revision, commit_message="A memory, by memzoo"
+            )
+        return str(done.commit_url)
 
     @classmethod
     def from_pretrained(

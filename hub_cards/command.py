@@ -1,0 +1,35 @@
+"""The commands `memzoo push` and `memzoo pull`."""
+
+import argparse
+from typing import Any
+
+
+def add_commands(commands: Any) -> None:
+    """Add both to argparse's subparsers."""
+    push = commands.add_parser("push", help="publish a model, an adapter or a memory on the Hub")
+    push.add_argument("folder", metavar="DIR", help="what `memzoo train` or save_pretrained wrote")
+    push.add_argument("repo", metavar="USER/NAME")
+    push.add_argument("--private", action="store_true", default=None, help="a new repository that only you see")
+    push.add_argument("--revision", metavar="BRANCH")
+    push.add_argument("--license", metavar="ID", help="for the card, e.g. apache-2.0")
+    push.add_argument("--no-code", action="store_true", help="without the code for people who have no memzoo")
+    push.set_defaults(run=run_push)
+
+    pull = commands.add_parser("pull", help="download a model, an adapter or a memory from the Hub, checked")
+    pull.add_argument("repo", metavar="USER/NAME")
+    pull.add_argument("folder", metavar="DIR", help="a new folder")
+    pull.add_argument("--revision", metavar="BRANCH")
+    pull.set_defaults(run=run_pull)
+
+
+def run_push(args: argparse.Namespace) -> None:
+    from memzoo.hub_cards.push import push
+
+    options = {"private": args.private, "revision": args.revision, "license": args.license}
+    print(push(args.folder, args.repo, code=not args.no_code, **options))
+
+
+def run_pull(args: argparse.Namespace) -> None:
+    from memzoo.hub_cards.push import pull
+
+    print(f"{args.repo} is in {pull(args.repo, args.folder, revision=args.revision)}")
