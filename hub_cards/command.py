@@ -1,11 +1,11 @@
-"""The commands `memzoo push` and `memzoo pull`."""
+"""The commands `memzoo push`, `memzoo pull` and `memzoo export`."""
 
 import argparse
 from typing import Any
 
 
 def add_commands(commands: Any) -> None:
-    """Add both to argparse's subparsers."""
+    """Add them to argparse's subparsers."""
     push = commands.add_parser("push", help="publish a model, an adapter or a memory on the Hub")
     push.add_argument("folder", metavar="DIR", help="what `memzoo train` or save_pretrained wrote")
     push.add_argument("repo", metavar="USER/NAME")
@@ -21,6 +21,11 @@ def add_commands(commands: Any) -> None:
     pull.add_argument("--revision", metavar="BRANCH")
     pull.set_defaults(run=run_pull)
 
+    export = commands.add_parser("export", help="write ONNX graphs with explicit state: one token, and a prefill")
+    export.add_argument("model", metavar="MODEL", help="folder of a model, or its hub id")
+    export.add_argument("--onnx", required=True, metavar="DIR", help="where the graphs go")
+    export.set_defaults(run=run_export)
+
 
 def run_push(args: argparse.Namespace) -> None:
     from memzoo.hub_cards.push import push
@@ -33,3 +38,13 @@ def run_pull(args: argparse.Namespace) -> None:
     from memzoo.hub_cards.push import pull
 
     print(f"{args.repo} is in {pull(args.repo, args.folder, revision=args.revision)}")
+
+
+def run_export(args: argparse.Namespace) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from memzoo.hub_cards.export import export_onnx
+
+    differences = export_onnx(AutoModelForCausalLM.from_pretrained(args.model), args.onnx)
+    for name, difference in differences.items():
+        print(f"{args.onnx}/{name}.onnx: logits within {difference:.1g} of torch")

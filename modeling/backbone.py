@@ -35,6 +35,11 @@ class MemoryPreTrainedModel(PreTrainedModel):
     _is_stateful = True
     _supports_sdpa = True
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # transformers skips modules of code outside it that have no parameter of their own, and with them what they
+        # set in their children. It need not: all our initialization respects its marks on loaded parameters.
+        super()._initialize_weights(module, is_custom_code=False)
+
 
 # mixins of PreTrainedModels; a second PreTrainedModel base would hide the family's configuration class
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@
 - `MemoryGenerationMixin`: `generate` with a `MemoryCache`; every other cache is refused.
 """
 
+import functools
 import json
 import os
 import tempfile
@@ -130,7 +131,11 @@ class MemoryCache(Cache):
             )
         super().__init__(layers=[MemoryLayer() for _ in range(config.num_hidden_layers)])
         self.config = config
-        self.fingerprint = config.memory_fingerprint()
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of the configuration: what a snapshot and a model must agree on."""
+        return self.config.memory_fingerprint()
 
     def read(self, layer_idx: int) -> dict[str, Tensor]:
         """The named states of a layer, empty before the first token."""
