@@ -1,8 +1,8 @@
 """Models as ONNX graphs with explicit state: `step.onnx` reads one token, `prefill.onnx` any number of them.
 
-Inputs of both are `input_ids` [1, 1] or [1, T] and one tensor per state; outputs are `logits` and the new states, named
-`new.<state>`. `state.json` tells their shapes and dtypes; `state.safetensors` is the memory before the first token. The
-prefill is the step in an ONNX `Scan`: it computes the same, and its graph does not grow with T.
+Inputs of both are `input_ids` [1, 1] or [1, T] and one tensor per state; outputs are `logits` and the new states, as
+`new.<state>`. `state.json` tells their shapes and dtypes; `state.safetensors` is the memory before the first token.
+The prefill is the step in an ONNX `Scan`: it computes the same, and its graph does not grow with T.
 """
 
 import json
