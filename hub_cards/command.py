@@ -1,4 +1,4 @@
-"""The commands `memzoo push`, `memzoo pull` and `memzoo export`."""
+"""The commands `memzoo push`, `memzoo pull`, `memzoo export` and `memzoo quantize`."""
 
 import argparse
 from typing import Any
@@ -26,6 +26,13 @@ def add_commands(commands: Any) -> None:
     export.add_argument("--onnx", required=True, metavar="DIR", help="where the graphs go")
     export.set_defaults(run=run_export)
 
+    quantize = commands.add_parser("quantize", help="write a model with 8- or 4-bit weights, and what that costs")
+    quantize.add_argument("model", metavar="MODEL", help="folder of a model, or its hub id")
+    quantize.add_argument("--out", required=True, metavar="DIR")
+    quantize.add_argument("--kind", choices=["int8", "nf4", "fp4"], default="int8", help="(default: %(default)s)")
+    quantize.add_argument("--data", metavar="PATH", help="measure bits per byte on this .txt file or folder of them")
+    quantize.set_defaults(run=run_quantize)
+
 
 def run_push(args: argparse.Namespace) -> None:
     from memzoo.hub_cards.push import push
@@ -48,3 +55,11 @@ def run_export(args: argparse.Namespace) -> None:
     differences = export_onnx(AutoModelForCausalLM.from_pretrained(args.model), args.onnx)
     for name, difference in differences.items():
         print(f"{args.onnx}/{name}.onnx: logits within {difference:.1g} of torch")
+
+
+def run_quantize(args: argparse.Namespace) -> None:
+    from memzoo.hub_cards.quantize import quantize
+    from memzoo.training.data import read_folder
+
+    documents = read_folder(args.data, "--data") if args.data else None
+    print(quantize(args.model, args.out, args.kind, documents).table(args.kind))

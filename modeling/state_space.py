@@ -70,7 +70,7 @@ class SelectiveStateSpace(nn.Module):
         delta, B, C = self.x_proj(u.mT).split(self.sizes, dim=-1)
         y, ssm = selective_scan(
             u,
-            F.linear(delta, self.dt_proj.weight).mT,
+            F.linear(delta.to(self.dt_proj.weight.dtype), self.dt_proj.weight).mT,
             self._A(),
             B.mT,
             C.mT,
@@ -91,6 +91,7 @@ class SelectiveStateSpace(nn.Module):
         u, z = self.in_proj(hidden_states).chunk(2, dim=-1)  # [B, I]
         u, conv = causal_conv1d_update(state["conv"], u, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu")
         delta, B, C = self.x_proj(u).split(self.sizes, dim=-1)
-        delta, bias = F.linear(delta, self.dt_proj.weight), self.dt_proj.bias
+        weight, bias = self.dt_proj.weight, self.dt_proj.bias
+        delta = F.linear(delta.to(weight.dtype), weight)
         y, ssm = selective_scan_update(state["ssm"], u, delta, self._A(), B, C, self.D, z, bias, True)
         return self.out_proj(y), {"conv": conv, "ssm": ssm}

@@ -79,7 +79,7 @@ def memory_mingru(
         return fused.step(x, h0, M0, weights, router_bias, *options)
 
     x_router, addresses, strengths, value, gate, erase, gates = x.split(sizes, dim=-1)
-    logits = F.linear(x_router.relu(), weights.router_out, weights.router_out_bias)
+    logits = F.linear(x_router.relu().to(weights.router_out.dtype), weights.router_out, weights.router_out_bias)
     rho = route(logits + router_bias, top_k, shared_bank)
     value, gate, erase = value.tanh(), gate.sigmoid().squeeze(-1), erase.sigmoid().squeeze(-1)
     if slot_norm_cap is not None:
@@ -89,7 +89,8 @@ def memory_mingru(
     addresses = queries @ F.normalize(weights.slot_keys, dim=-1).view(K * S, m).mT  # [B, T, 2, K S]
     arguments = (addresses.unflatten(-1, (K, S)), rho, gate, erase, value, M0)
     c, M = gated_slots(*arguments, decay=decay, mask=mask)
-    h, h_last = mingru(gates + F.linear(normalised(c), weights.gates_c), h0, mask)
+    read = F.linear(normalised(c).to(weights.gates_c.dtype), weights.gates_c).to(x.dtype)
+    h, h_last = mingru(gates + read, h0, mask)
     if not return_writes:
         return h, logits, (h_last, M)
     return h, logits, (h_last, M), write_weights(*arguments[:3], mask).detach()

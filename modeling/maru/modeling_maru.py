@@ -82,6 +82,16 @@ class MaruPreTrainedModel(MemoryPreTrainedModel):
     config: MaruConfig
     _no_split_modules = ["MaruBlock"]
     _keep_in_fp32_modules_strict = ["balance"]
+    # read as matrices by the kernels: quantization leaves these alone (as it does whatever is listed here)
+    _keep_in_fp32_modules = [
+        "dt_proj",
+        "router.h_proj",
+        "router.out_proj",
+        "gates_c",
+        "gates_h",
+        "query_h",
+        "write_proj",
+    ]
     _can_record_outputs = {
         "hidden_states": MaruBlock,
         "router_logits": OutputRecorder(MemoryCell, index=2),
