@@ -7,7 +7,7 @@
 PYTHON ?= python3
 TESTS ?= tests
 WORKERS ?= 2
-TYPES ?= maru
+TYPES ?= maru dual_memory neural_memory_transformer titan_mac memory_bank_transformer
 PY := .venv/bin/python
 # Spinning OpenMP threads cost up to 10x on busy machines; each test worker takes one.
 PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false \

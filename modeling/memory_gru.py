@@ -13,6 +13,7 @@ projection W_g is folded into it: two linear maps in a row are one.)
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import initialization as init
 
@@ -29,9 +30,10 @@ class RouterBalance(nn.Module):
 
     load <- momentum load + (1 - momentum) mean(p);  bias <- bias - rate (load - 1 / K)
 
-    The mean is over the real tokens of all micro-batches of an optimizer step; the update happens at the first
-    training forward after the weights changed. Nothing changes in eval mode. The bias shifts the choice of banks and,
-    as it is part of the softmax, their weights.
+    The mean is over the real tokens of all micro-batches of an optimizer step, on all ranks of torch.distributed; the
+    update happens at the first training forward after the router's weights changed. Nothing changes in eval mode. What
+    is counted is saved, so that a resumed run goes on alike. The bias shifts the choice of banks and, as it is part of
+    the softmax, their weights.
     """
 
     bias: Tensor
@@ -39,6 +41,7 @@ class RouterBalance(nn.Module):
     steps: Tensor
     total: Tensor
     count: Tensor
+    seen: Tensor
 
     def __init__(self, config: MaruConfig, num_routed: int) -> None:
         super().__init__()
@@ -49,13 +52,14 @@ class RouterBalance(nn.Module):
         self.register_buffer("bias", torch.zeros(num_routed))
         self.register_buffer("load", torch.full((num_routed,), 1 / num_routed))
         self.register_buffer("steps", torch.zeros((), dtype=torch.long))
-        self.register_buffer("total", torch.zeros(num_routed), persistent=False)
-        self.register_buffer("count", torch.zeros(()), persistent=False)
-        self._weight_version: int | None = None
+        self.register_buffer("total", torch.zeros(num_routed))
+        self.register_buffer("count", torch.zeros(()))
+        # the router's weights at the last forward; a tensor's version counter misses fused optimizers and FSDP
+        self.register_buffer("seen", torch.zeros(num_routed, config.memory_router_hidden_size), persistent=False)
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        for buffer in (self.bias, self.steps, self.total, self.count):
+        for buffer in (self.bias, self.steps, self.total, self.count, self.seen):
             init.zeros_(buffer)
         init.constant_(self.load, 1 / self.load.numel())
 
@@ -69,22 +73,27 @@ class RouterBalance(nn.Module):
 
     @torch.no_grad()
     def advance(self, weight: Tensor) -> None:
-        """Once per optimizer step: an optimizer has written `weight` since the last training forward."""
-        version = weight._version
-        if self._weight_version not in (None, version) and self.count > 0:
-            self.steps += 1
-            self.load.lerp_((self.total / self.count).to(self.load.dtype), 1 - self.momentum)
-            self.bias.sub_(self.rate * (self.load - 1 / self.load.numel()))
-            self.total.zero_()
-            self.count.zero_()
-        self._weight_version = version
+        """Once per optimizer step: the router's `weight` has changed since the last training forward. Never waits."""
+        changed = (self.seen != weight).any() & (self.count > 0)
+        mean = (self.total / self.count.clamp(min=1)).to(self.load.dtype)
+        load = torch.where(changed, self.load.lerp(mean, 1 - self.momentum), self.load)
+        self.bias.sub_(changed * self.rate * (load - 1 / load.numel()))
+        self.load.copy_(load)
+        self.steps += changed
+        for counted in (self.total, self.count):
+            counted.masked_fill_(changed, 0)
+        self.seen.copy_(weight)
 
     @torch.no_grad()
     def observe(self, probabilities: Tensor, mask: Tensor | None) -> None:
         """Count the routing of a micro-batch; probabilities [B, T, Kr], mask [B, T]."""
         weight = torch.ones_like(probabilities[..., 0]) if mask is None else mask.to(probabilities.dtype)
-        self.total += (probabilities * weight[..., None]).sum((0, 1)).to(self.total.dtype)
-        self.count += weight.sum().to(self.count.dtype)
+        total = (probabilities * weight[..., None]).sum((0, 1))
+        counted = torch.cat([total, weight.sum()[None]]).to(self.total.dtype)  # [Kr + 1]
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(counted)
+        self.total += counted[:-1]
+        self.count += counted[-1]
 
 
 class MemoryRouter(nn.Module):
@@ -109,7 +118,8 @@ class MemoryRouter(nn.Module):
         """What is added to the logits: the balancing bias and, while training, Gumbel noise. [Kr] or [B, T, Kr]."""
         if self.training:
             self.balance.advance(self.out_proj.weight)
-        bias = self.balance.bias.to(torch.promote_types(like.dtype, torch.float32))
+        # a copy, as the next forward may write the bias before this one's backward
+        bias = self.balance.bias.to(torch.promote_types(like.dtype, torch.float32), copy=True)
         if self.noise == "gumbel" and self.training:
             uniform = torch.rand(*like.shape[:2], bias.numel(), device=like.device, dtype=bias.dtype)
             bias = bias - torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7)))

@@ -1,19 +1,19 @@
-"""What a run shows: a progress bar with readable lines, and sample text at every evaluation."""
+"""What a run shows: a progress bar with readable lines; sample text and memory statistics at every evaluation."""
 
 import resource
 import sys
 import time
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, Trainer, TrainerCallback
 
 from memzoo.training.config import SampleConfig
 
 
 class ProgressLines(ProgressCallback):
-    """Trainer's progress bar, with one short line per log: loss, bits per byte, tokens per second."""
+    """Trainer's progress bar, with one short line per log: loss, bits per byte or accuracy, tokens per second."""
 
-    def __init__(self, train_bits_per_nat: float):
+    def __init__(self, train_bits_per_nat: float | None):
         super().__init__()
         self.train_bits_per_nat = train_bits_per_nat
 
@@ -22,12 +22,17 @@ class ProgressLines(ProgressCallback):
             return
         parts = []
         if "loss" in logs:
-            bits = float(logs["loss"]) * self.train_bits_per_nat
-            parts = [f"loss {float(logs['loss']):.3f}", f"{bits:.3f} bits per byte"]
+            loss = float(logs["loss"])
+            parts = [f"loss {loss:.3f}"]
+            parts += [f"{loss * self.train_bits_per_nat:.3f} bits per byte"] if self.train_bits_per_nat else []
             parts += [f"{logs['train_tokens_per_second']:,.0f} tokens/s"] if "train_tokens_per_second" in logs else []
             parts += [f"lr {logs['learning_rate']:.1e}"] if "learning_rate" in logs else []
         elif "eval_bits_per_byte" in logs:
             parts = [f"held out: {logs['eval_bits_per_byte']:.3f} bits per byte", f"{logs['eval_runtime']:.1f} s"]
+        elif "eval_perplexity" in logs:
+            parts = [f"held out: perplexity {logs['eval_perplexity']:.3f}", f"{logs['eval_runtime']:.1f} s"]
+        elif "eval_exact" in logs:
+            parts = [f"held out: {logs['eval_exact']:.1%} answered right, {logs['eval_accuracy']:.1%} of the tokens"]
         if parts:
             self.training_bar.write(f"step {state.global_step:>6}  " + "  ".join(parts))
 
@@ -38,7 +43,7 @@ class SampleText(TrainerCallback):
     Its random numbers are its own: training goes on as if nothing had been sampled.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, sample: SampleConfig, write=print):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, sample: SampleConfig, write=print):
         self.tokenizer, self.sample, self.write = tokenizer, sample, write
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):
@@ -50,6 +55,27 @@ class SampleText(TrainerCallback):
                 f"sample at step {state.global_step} ({1000 * seconds / num_tokens:.1f} ms per token, "
                 f"{num_tokens / seconds:.0f} tokens/s, peak {peak_memory_mb(model.device):.0f} MB):\n{text}"
             )
+
+
+class MemoryStatistics(TrainerCallback):
+    """Logs what the memory does with the first held-out sequence at every evaluation: `memory/LAYER/NAME`.
+
+    A model that has a memory says so itself: `get_memory_stats(input_ids)` returns a dict of numbers for each layer.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+
+    def on_evaluate(self, args, state, control, model=None, **kwargs):
+        if not state.is_world_process_zero or not hasattr(model, "get_memory_stats"):
+            return
+        ids = self.trainer.eval_dataset[0]["input_ids"][None].to(model.device)
+        was_training = model.training
+        layers = model.eval().get_memory_stats(ids)
+        model.train(was_training)
+        stats = {f"memory/{i}/{name}": float(value) for i, layer in enumerate(layers) for name, value in layer.items()}
+        if stats:
+            self.trainer.log(stats)
 
 
 @torch.no_grad()

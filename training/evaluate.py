@@ -1,4 +1,7 @@
-"""Bits per byte of a text, read in one go with the memory carried along, or in windows that each start afresh."""
+"""Bits per byte of a text, read in one go with the memory carried along, or in windows that each start afresh.
+
+And the answers that a model gives to the problems of a task, by greedy decoding.
+"""
 
 import math
 import time
@@ -10,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memzoo.training.data import tokenize
+from memzoo.training.tasks.common import IGNORED, TextTask
 
 
 @dataclass
@@ -30,9 +34,19 @@ class Score:
 
 
 def evaluate_documents(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: list[bytes], window: int, carry: bool
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: list[bytes],
+    window: int,
+    carry: bool,
+    stride: int | None = None,
 ) -> Score:
-    """Every document is read in steps of `window` tokens; with `carry` the cache lives until the document ends."""
+    """Every document is read in steps of `window` tokens; with `carry` the cache lives until the document ends.
+
+    With `stride`, windows overlap: each scores its last `stride` tokens, and the tokens before them are context.
+    """
+    if stride is not None and (carry or not 1 <= stride <= window):
+        raise ValueError(f"stride {stride} goes with windows that start afresh, and is at most their {window} tokens")
     start = time.perf_counter()
     streams = tokenize(documents, tokenizer)
     num_tokens = sum(len(tokens) - 1 for tokens in streams)
@@ -40,7 +54,11 @@ def evaluate_documents(
     with tqdm(total=num_tokens, unit=" tokens", unit_scale=True) as bar:
         bar.set_description("memory carried" if carry else "windows")
         for tokens in streams:
-            nats += document_nats(model, torch.tensor(tokens, device=model.device).long(), window, carry, bar.update)
+            ids = torch.tensor(tokens, device=model.device).long()
+            if stride is None:
+                nats += document_nats(model, ids, window, carry, bar.update)
+            else:
+                nats += overlapping_nats(model, ids, window, stride, bar.update)
     return Score(nats, num_tokens, sum(map(len, documents)), time.perf_counter() - start)
 
 
@@ -55,3 +73,46 @@ def document_nats(model: PreTrainedModel, tokens: torch.Tensor, window: int, car
         if progress is not None:
             progress(len(inputs))
     return nats
+
+
+@torch.no_grad()
+def overlapping_nats(model: PreTrainedModel, tokens: torch.Tensor, window: int, stride: int, progress=None) -> float:
+    """The same over windows of which each begins `stride` tokens after the one before and scores what is new."""
+    nats = 0.0
+    for first in range(0, len(tokens) - 1, stride):
+        last = min(first + stride, len(tokens) - 1)
+        inputs, targets = tokens[max(0, first + stride - window) : last], tokens[first + 1 : last + 1]
+        logits = model(inputs[None], use_cache=False, logits_to_keep=len(targets)).logits[0]
+        nats += F.cross_entropy(logits.float(), targets, reduction="sum").item()
+        if progress is not None:
+            progress(len(targets))
+    return nats
+
+
+@dataclass
+class Answer:
+    question: str
+    written: str
+    right: bool  # every token of the answer, and its end
+
+
+@torch.no_grad()
+def greedy_answers(
+    model: PreTrainedModel, task: TextTask, size: int, seed: int, batch_size: int = 128
+) -> list[Answer]:
+    """What the model writes after each of `size` problems drawn from `seed`; questions are padded to the left."""
+    tokenizer, answers = task.tokenizer, []
+    ids, labels = task.sample(size, seed)
+    for rows, targets in zip(ids.split(batch_size), labels.split(batch_size)):
+        asked = [int((target != IGNORED).nonzero()[0]) for target in targets]
+        expected = [target[target != IGNORED] for target in targets]
+        questions = {"input_ids": [row[:start].tolist() for row, start in zip(rows, asked)]}
+        batch = tokenizer.pad(questions, padding_side="left", return_tensors="pt").to(model.device)
+        longest = max(map(len, expected))
+        out = model.generate(**batch, max_new_tokens=longest, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        new = out[:, batch["input_ids"].shape[1] :].cpu()
+        for row, target, written, answer in zip(rows, targets, new, expected):
+            text = str(tokenizer.decode(written, skip_special_tokens=True))
+            right = torch.equal(written[: len(answer)], answer)
+            answers.append(Answer(task.question(row, target), text, right))
+    return answers

@@ -3,7 +3,7 @@
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -11,29 +11,55 @@ from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
+    EarlyStoppingCallback,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProgressCallback,
     Trainer,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 
-from memzoo.training.callbacks import ProgressLines, SampleText
+from memzoo.training.callbacks import MemoryStatistics, ProgressLines, SampleText
 from memzoo.training.checkpoints import check_files, find_checkpoint, record_run
 from memzoo.training.config import ConfigError, RunConfig
-from memzoo.training.data import PackedBlocks, collate_blocks, load_documents, tokenize
-from memzoo.training.metrics import BitsPerByte, sequence_nats
+from memzoo.training.consistency import check_schedule
+from memzoo.training.optim.factory import trainer_optimizer
+from memzoo.training.parts import freeze_parts, split_groups
 from memzoo.training.plots import plot_loss
+from memzoo.training.profiling import add_meters
+from memzoo.training.sources import Source, TaskSource, TextSource
 
 
 class MemzooTrainer(Trainer):
-    """Trainer that saves the model's own `use_cache`, not the False that training runs with."""
+    """Trainer that saves the model's own `use_cache`, not the False that training runs with.
 
-    def __init__(self, model: PreTrainedModel, *args, **kwargs):
+    Args:
+        learning_rates: by part of the model, see memzoo.training.parts.
+    """
+
+    def __init__(self, model: PreTrainedModel, *args, learning_rates: dict[str, float] | None = None, **kwargs):
         self.saved_use_cache = model.config.use_cache
+        self.learning_rates = learning_rates or {}
         super().__init__(model, *args, **kwargs)
+
+    def create_optimizer(self, model=None):
+        optimizer = super().create_optimizer(model)
+        if self.learning_rates:
+            groups = split_groups(optimizer.param_groups, model or self.model, self.learning_rates)
+            optimizer.param_groups[:] = groups
+        return optimizer
+
+    def log(self, logs, *args, **kwargs):
+        """With rates by part, each of them at every log."""
+        if "learning_rate" in logs and self.learning_rates:
+            groups = self.optimizer.param_groups
+            for group in groups:  # by now the schedule has made its step, and logs tell of the one before
+                share = group["initial_lr"] / groups[0]["initial_lr"] if "initial_lr" in group else 1.0
+                logs[f"learning_rate/{group['part']}"] = logs["learning_rate"] * share
+        super().log(logs, *args, **kwargs)
 
     def _save(self, *args, **kwargs):
         config = self.model.config
@@ -43,85 +69,116 @@ class MemzooTrainer(Trainer):
         finally:
             config.use_cache = in_training
 
+    def take(self, checkpoint: str) -> None:
+        """The model, the best one if asked for, and the log of a run that is complete."""
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        self._load_from_checkpoint(checkpoint)
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
+
+    def _save_rng_state(self, output_dir):
+        """Every process has written its part before trainer_state.json, which comes next, says that all is there."""
+        super()._save_rng_state(output_dir)
+        self.args.distributed_state.wait_for_everyone()
+
+
+AnyTrainer = TypeVar("AnyTrainer", bound=MemzooTrainer)
+
 
 def train(config: RunConfig) -> MemzooTrainer:
     """Trains, evaluates and saves model, tokenizer and loss.png into `training.output_dir`; returns the trainer."""
-    args = training_arguments(config.training)
-    tokenizer = load_tokenizer(config)
-    model = build_model(config, tokenizer, args.seed)
-    documents = load_documents(config.data)
-    has_eval = bool(documents[1])
-    if args.eval_strategy != "no" and not has_eval:
-        raise ConfigError("data.eval_fraction: 0 holds nothing out; raise it, or set training.eval_strategy to no")
+    source_class = source_of(config)
+    args = training_arguments(config.training, source_class.defaults, source_class.best_metric)
+    source = source_class(config, args)
     resume = find_checkpoint(config)
     args.distributed_state.wait_for_everyone()  # every process has looked before one writes
+    trainer, data = build_trainer(MemzooTrainer, config, args, source, resume)
+    model, tokenizer = cast(PreTrainedModel, trainer.model), cast(Any, trainer.processing_class)
     if args.should_save:
         record_run(config)
-    blocks = {
-        name: PackedBlocks(
-            tokenize(part, tokenizer, config.data.num_proc, name),
-            sum(map(len, part)),
-            config.data.block_size,
-            tokenizer.bos_token_id,
-        )
-        for name, part in zip(("training", "evaluation"), documents)
-        if part or name == "training"
-    }
-    train_blocks, eval_blocks = blocks["training"], blocks.get("evaluation")
-    trainer = MemzooTrainer(
-        model,
-        args,
-        train_dataset=train_blocks,
-        eval_dataset=eval_blocks,
-        processing_class=tokenizer,
-        data_collator=partial(collate_blocks, pad_token_id=_pad_id(tokenizer)),
-        compute_metrics=BitsPerByte(eval_blocks.num_bytes) if has_eval else None,
-        preprocess_logits_for_metrics=sequence_nats,
-    )
-    progress = ProgressLines(train_blocks.bits_per_nat)
+    progress = ProgressLines(data.bits_per_nat)
     if trainer.pop_callback(ProgressCallback):
         trainer.add_callback(progress)
-    trainer.add_callback(SampleText(tokenizer, config.sample, partial(_write, progress)))
+    if config.early_stopping:
+        trainer.add_callback(EarlyStoppingCallback(*config.early_stopping.values()))
+    trainer.add_callback(SampleText(tokenizer, source.sample(), partial(_write, progress)))
+    trainer.add_callback(MemoryStatistics(trainer))
+    add_meters(trainer)
     if trainer.is_world_process_zero():
-        _describe(model, args, train_blocks, eval_blocks)
-    trainer.train(resume_from_checkpoint=resume)
+        print(f"{_name(model)}; {data.description}; to {args.output_dir}", file=sys.stderr)
+    if resume is not None and is_finished(resume, args) and not trainer.is_fsdp_enabled:
+        trainer.take(resume)  # Trainer would add a step
+    else:
+        trainer.train(resume_from_checkpoint=resume)
     model.config.use_cache = trainer.saved_use_cache
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
         out = Path(config.training["output_dir"])
-        plot_loss(trainer.state.log_history, train_blocks.bits_per_nat, out / "loss.png", _name(model))
+        plot_loss(trainer.state.log_history, data.bits_per_nat, out / "loss.png", _name(model))
     return trainer
 
 
-def training_arguments(section: dict) -> TrainingArguments:
+def source_of(config: RunConfig) -> type[TaskSource] | type[TextSource]:
+    return TaskSource if config.data.task is not None else TextSource
+
+
+def build_trainer(
+    trainer_class: type[AnyTrainer],
+    config: RunConfig,
+    args: TrainingArguments,
+    source: TaskSource | TextSource,
+    resume: str | None = None,
+) -> tuple[AnyTrainer, Source]:
+    """Tokenizer, model, data and optimizer of a run, together; nothing is written but a new BPE."""
+    tokenizer = source.tokenizer(resume)
+    model = build_model(config, source.num_tokens if tokenizer is None else tokenizer, args.seed)
+    freeze_parts(model, config.learning_rates)
+    optimizer = trainer_optimizer(config.optimizer, args, model)
+    data = source.prepare(tokenizer)
+    trainer = trainer_class(
+        model,
+        args,
+        train_dataset=data.train,
+        eval_dataset=data.evaluation,
+        processing_class=tokenizer,
+        data_collator=data.collate,
+        compute_metrics=data.metrics,
+        preprocess_logits_for_metrics=data.logits_to_metric,
+        optimizer_cls_and_kwargs=optimizer,
+        learning_rates=config.learning_rates,
+    )
+    return trainer, data
+
+
+def training_arguments(
+    section: dict, defaults: dict | None = None, best_metric: dict | None = None
+) -> TrainingArguments:
     """TrainingArguments with the defaults of a memzoo run; a refused value is a ConfigError."""
     defaults = {
         "include_num_input_tokens_seen": "non_padding",  # logs tokens per second
         "dataloader_pin_memory": torch.cuda.is_available(),
+        "restore_callback_states_from_checkpoint": True,  # how long early stopping has waited
+        **(defaults or {}),
     }
     if section.get("load_best_model_at_end") or section.get("save_strategy") == "best":
-        defaults |= {"metric_for_best_model": "bits_per_byte", "greater_is_better": False}
+        defaults |= best_metric or {}
     section = {key: value for key, value in section.items() if key != "resume_from_checkpoint"}
     try:
-        return TrainingArguments(**(defaults | section))
+        args = TrainingArguments(**(defaults | section))
     except ValueError as error:
         raise ConfigError(f"training: {error}") from error
+    check_schedule(args)
+    return args
 
 
-def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
-    """The named tokenizer, the one beside a pretrained model, or MARU's bytes."""
-    name = config.tokenizer.pretrained or config.model.get("pretrained")
-    if name is not None:
-        return AutoTokenizer.from_pretrained(name)
-    from memzoo.modeling.maru.tokenization_maru import MaruTokenizer
+def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase | int, seed: int) -> PreTrainedModel:
+    """A new model with weights drawn from `seed`, or a pretrained one; its vocabulary covers the tokenizer's.
 
-    return MaruTokenizer()
-
-
-def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
-    """A new model with weights drawn from `seed`, or a pretrained one; its vocabulary covers the tokenizer's."""
+    A task whose tokens are not text has no tokenizer, only their number.
+    """
     section = dict(config.model)
+    num_tokens = tokenizer if isinstance(tokenizer, int) else len(tokenizer)
     try:
         if "pretrained" in section:
             folder = section.pop("pretrained")
@@ -130,9 +187,10 @@ def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, seed: int
             model = AutoModelForCausalLM.from_pretrained(folder, **section)
         else:
             model_type, preset = section.pop("model_type"), section.pop("preset", None)
-            fields = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
-            fields = {"vocab_size": len(tokenizer)} | fields | section
-            _check_vocabulary(fields["vocab_size"], tokenizer)
+            names = [f"{name}_token_id" for name in ("pad", "bos", "eos")]
+            fields = {name: getattr(tokenizer, name, None) for name in names}
+            fields = {"vocab_size": num_tokens} | fields | section
+            _check_vocabulary(int(fields["vocab_size"] or 0), num_tokens)
             if preset is None:
                 model_config = AutoConfig.for_model(model_type, **fields)
             else:
@@ -144,20 +202,24 @@ def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase, seed: int
         raise
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise ConfigError(f"model: {error.__cause__ or error}") from error
-    _check_vocabulary(model.config.vocab_size, tokenizer)
+    _check_vocabulary(int(model.config.vocab_size or 0), num_tokens)
     return model
 
 
-def _check_vocabulary(vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> None:
-    if vocab_size < len(tokenizer):
+def is_finished(checkpoint: str, args: TrainingArguments) -> bool:
+    """Whether a checkpoint is already where the run is to end."""
+    state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+    if args.max_steps > 0:
+        return state.global_step >= args.max_steps
+    return float(state.epoch or 0) >= args.num_train_epochs
+
+
+def _check_vocabulary(vocab_size: int, num_tokens: int) -> None:
+    if vocab_size < num_tokens:
         raise ConfigError(
-            f"model.vocab_size: {vocab_size} is below the {len(tokenizer)} tokens of the tokenizer; "
+            f"model.vocab_size: {vocab_size} is below the {num_tokens} tokens of the tokenizer; "
             "raise it, or leave it out"
         )
-
-
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
 
 
 def _write(progress: ProgressLines, text: str) -> None:
@@ -170,14 +232,3 @@ def _write(progress: ProgressLines, text: str) -> None:
 
 def _name(model: PreTrainedModel) -> str:
     return f"{model.config.model_type}, {model.num_parameters():,} parameters"
-
-
-def _describe(
-    model: PreTrainedModel, args: TrainingArguments, train_blocks: PackedBlocks, eval_blocks: PackedBlocks | None
-) -> None:
-    held_out = f", {eval_blocks.num_bytes:,} bytes held out" if eval_blocks is not None else ""
-    print(
-        f"{_name(model)}; {train_blocks.num_bytes:,} bytes in {len(train_blocks):,} blocks of "
-        f"{train_blocks.block_size} tokens{held_out}; to {args.output_dir}",
-        file=sys.stderr,
-    )

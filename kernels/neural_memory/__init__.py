@@ -1,14 +1,16 @@
 """A network whose weights are a memory, learned while reading: the neural memory of Titans (arXiv 2501.00663).
 
-`reference.py` is the definition, a loop over tokens with gradients from autograd. `chunked.py` computes sequences,
-`step.py` one token.
+`reference.py` is the definition, a loop over tokens with gradients from autograd. `fused.py` computes sequences on the
+CPU where numba is installed, `chunked.py` everywhere else, `step.py` one token.
 """
 
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from memzoo.kernels.neural_memory import fused
 from memzoo.kernels.neural_memory.checks import check_inputs
 from memzoo.kernels.neural_memory.chunked import neural_memory_chunked
 from memzoo.kernels.neural_memory.layout import to_chunks, to_tokens
@@ -46,6 +48,7 @@ def neural_memory(
     residual: bool = False,
     read_own_write: bool = True,
     detach_every: int | None = None,
+    normalize: bool = False,
 ) -> tuple[Tensor, MemoryState]:
     """Titans (arXiv 2501.00663), eq. 8-14, with one gradient per token at the chunk's first weights (section 3.2).
 
@@ -56,7 +59,7 @@ def neural_memory(
     call, calls on its parts that pass the state on, and single-token calls give the same y and state.
 
     Args:
-        q, k: [B, H, T, dk], v: [B, H, T, dv]; unit-length q and k keep the memory stable.
+        q, k: [B, H, T, dk], v: [B, H, T, dv]; unit length of q and k keeps the memory stable: see normalize.
         alpha, eta, theta: decay in [0, 1], momentum in [0, 1], step >= 0, [B, H, T].
         weights: W before the first token, one [B, H, out, in] per layer, dk wide to dv wide; one is a linear memory.
         momentum: S, in the same shapes; zero when absent.
@@ -65,6 +68,7 @@ def neural_memory(
         start, position: of a state that this op returned; absent at the start of a sequence.
         residual: needs dk = dv. read_own_write: False reads with W_{i-1}.
         detach_every: every that many chunks of a call, gradients of the past stop.
+        normalize: q and k are brought to unit length first.
 
     Returns:
         y [B, H, T, dv] in v's dtype, and the state in float32, or float64 for float64 inputs.
@@ -81,40 +85,65 @@ def neural_memory(
         raise ValueError(f"neural_memory: detach_every must be at least 1, not {detach_every}")
     B, H, T, _ = q.shape
     dtype = torch.promote_types(v.dtype, torch.float32)
-    W = [x.to(dtype).flatten(0, 1) for x in weights]
-    S = [torch.zeros_like(x) for x in W] if momentum is None else [x.to(dtype).flatten(0, 1) for x in momentum]
-    first = W if start is None else [x.to(dtype).flatten(0, 1) for x in start]
+    W = [x.to(dtype) for x in weights]
+    S = [torch.zeros_like(x) for x in W] if momentum is None else [x.to(dtype) for x in momentum]
+    first = W if start is None else [x.to(dtype) for x in start]
     if mask is not None:
         mask = mask.bool()
-    at = torch.zeros(B, dtype=torch.int64, device=q.device) if position is None else position
-    after = at + (T if mask is None else mask.sum(1))
     options = (clip, threshold, activation, residual, read_own_write)
     with torch.autocast(q.device.type, enabled=False):
         tokens = [x.to(dtype) for x in (q, k, v)]
         gates = [1 - alpha.to(dtype), eta.to(dtype), theta.to(dtype)]  # keep, momentum, step
-        if T == 1:
-            y, W, S = _step(tokens, gates, mask, W, S, first, options)
-            first = _refresh(first, W, after == chunk_size)
+        at = torch.zeros(B, dtype=torch.int64, device=q.device) if position is None else position
+        after = at + (T if mask is None else mask.sum(1))
+        on_cpu = q.device.type == "cpu" and fused.is_available()
+        if T == 1 and on_cpu and not torch.compiler.is_compiling() and not _with_grad(*tokens, *gates, *W, *S, *first):
+            rule = (*options, None, normalize)
+            y, W, S = fused.neural_memory_step_fused(tokens, gates, W, S, first, mask, rule)
+            state = [W, S, _refresh(first, W, after == chunk_size)]
+        elif T > 1 and on_cpu:
+            y, *state = fused.neural_memory_fused(
+                tokens, gates, W, S, first, chunk_size, mask, position, (*options, detach_every, normalize)
+            )
         else:
-            shift = mask is not None or position is not None
-            slots = to_chunks([*tokens, *gates], chunk_size, mask, at if shift else None)
-            state = [torch.cat(x, 1) for x in zip(W, S)]
-            save = torch.is_grad_enabled() and any(x.requires_grad for x in (*slots.tensors, *state, *first))
-            *xs, keep, eta, theta = slots.tensors
-            xs = (*xs, torch.stack([keep, eta]), theta, slots.mask)
-            ends = after.repeat_interleave(H)
-            y, state, first, _ = neural_memory_chunked(*xs, state, first, ends, *options, detach_every, save)
-            y = to_tokens(y, slots, B, H)
-            W, S = zip(*(x.chunk(2, 1) for x in state))
-    W, S, first = ([x.unflatten(0, (B, H)) for x in xs] for xs in (W, S, first))
-    return y.to(v.dtype), MemoryState(W, S, first, after % chunk_size)
+            if normalize:
+                tokens[:2] = (F.normalize(x, dim=-1) for x in tokens[:2])
+            W, S, first = ([x.flatten(0, 1) for x in xs] for xs in (W, S, first))
+            if T == 1:
+                y, W, S = _step(tokens, gates, mask, W, S, first, options)
+                state = [W, S, _refresh(first, W, after == chunk_size)]
+            else:
+                shift = None if mask is None and position is None else at
+                y, state = _chunked(tokens, gates, W, S, first, chunk_size, mask, shift, after, options, detach_every)
+            state = [[x.unflatten(0, (B, H)) for x in xs] for xs in state]
+    return y.to(v.dtype), MemoryState(*state, after % chunk_size)
+
+
+def _with_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def _chunked(tokens, gates, W, S, first, chunk_size, mask, position, after, options, detach_every):
+    B, H = tokens[0].shape[:2]
+    slots = to_chunks([*tokens, *gates], chunk_size, mask, position)
+    state = [torch.cat(x, 1) for x in zip(W, S)]
+    save = _with_grad(*slots.tensors, *state, *first)
+    *xs, keep, eta, theta = slots.tensors
+    xs = (*xs, torch.stack([keep, eta]), theta, slots.mask)
+    ends = after.repeat_interleave(H)
+    y, state, first, _ = neural_memory_chunked(*xs, state, first, ends, *options, detach_every, save)
+    W, S = zip(*(x.chunk(2, 1) for x in state))
+    return to_tokens(y, slots, B, H), [W, S, first]
 
 
 def _refresh(start: list[Tensor], weights: list[Tensor], full: Tensor) -> list[Tensor]:
     """The weights of the groups whose chunk is full, start for the others."""
     if full.device.type == "cpu" and not torch.compiler.is_compiling() and not full.any():
         return start  # most tokens: no copy
-    full = full.repeat_interleave(weights[0].shape[0] // full.shape[0])[:, None, None]
+    if weights[0].ndim == 3:
+        full = full.repeat_interleave(weights[0].shape[0] // full.shape[0])[:, None, None]
+    else:
+        full = full[:, None, None, None]
     return [torch.where(full, w, s) for w, s in zip(weights, start)]
 
 

@@ -12,7 +12,6 @@ Only what feeds the next chunk runs chunk by chunk; the reads run for a segment 
 (`backward.py`) the states at segment starts and the pre-activations are kept, the rest is recomputed.
 """
 
-import importlib
 import importlib.util
 import warnings
 from functools import cache
@@ -48,7 +47,9 @@ def _triton() -> ModuleType | None:
     if importlib.util.find_spec("triton") is None:
         warnings.warn("Triton is not installed: neural_memory runs on CUDA through torch operators", stacklevel=4)
         return None
-    return importlib.import_module("memzoo.kernels.neural_memory.triton")
+    from memzoo.kernels.neural_memory import triton
+
+    return triton
 
 
 @torch.library.custom_op("memzoo::neural_memory", mutates_args=())

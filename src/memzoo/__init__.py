@@ -8,22 +8,57 @@ first use.
 import importlib
 from typing import Any
 
+from memzoo.adapters.register import register_when_imported
+
 __version__ = "0.1.0"
 
 # public name -> module that defines it
 _EXPORTS = {
+    "DualMemoryConfig": "memzoo.modeling.dual_memory.configuration_dual_memory",
+    "DualMemoryModel": "memzoo.modeling.dual_memory.modeling_dual_memory",
+    "DualMemoryForCausalLM": "memzoo.modeling.dual_memory.modeling_dual_memory",
+    "DualMemoryForSequenceClassification": "memzoo.modeling.dual_memory.modeling_dual_memory",
     "MaruConfig": "memzoo.modeling.maru.configuration_maru",
     "MaruModel": "memzoo.modeling.maru.modeling_maru",
     "MaruForCausalLM": "memzoo.modeling.maru.modeling_maru",
     "MaruForSequenceClassification": "memzoo.modeling.maru.modeling_maru",
     "MaruTokenizer": "memzoo.modeling.maru.tokenization_maru",
+    "MemoryBankTransformerConfig": "memzoo.modeling.memory_bank_transformer.configuration_memory_bank_transformer",
+    "MemoryBankTransformerModel": "memzoo.modeling.memory_bank_transformer.modeling_memory_bank_transformer",
+    "MemoryBankTransformerForCausalLM": "memzoo.modeling.memory_bank_transformer.modeling_memory_bank_transformer",
+    "MemoryBankTransformerForSequenceClassification": (
+        "memzoo.modeling.memory_bank_transformer.modeling_memory_bank_transformer"
+    ),
     "MemoryCache": "memzoo.modeling.cache",
+    "MemoryConfig": "memzoo.adapters.config",
     "MemoryGenerationMixin": "memzoo.modeling.cache",
+    "MemoryModel": "memzoo.adapters.model",
+    "NeuralMemoryTransformerConfig": (
+        "memzoo.modeling.neural_memory_transformer.configuration_neural_memory_transformer"
+    ),
+    "NeuralMemoryTransformerModel": "memzoo.modeling.neural_memory_transformer.modeling_neural_memory_transformer",
+    "NeuralMemoryTransformerForCausalLM": (
+        "memzoo.modeling.neural_memory_transformer.modeling_neural_memory_transformer"
+    ),
+    "NeuralMemoryTransformerForSequenceClassification": (
+        "memzoo.modeling.neural_memory_transformer.modeling_neural_memory_transformer"
+    ),
+    "TitanMacConfig": "memzoo.modeling.titan_mac.configuration_titan_mac",
+    "TitanMacModel": "memzoo.modeling.titan_mac.modeling_titan_mac",
+    "TitanMacForCausalLM": "memzoo.modeling.titan_mac.modeling_titan_mac",
+    "TitanMacForSequenceClassification": "memzoo.modeling.titan_mac.modeling_titan_mac",
+    "memory_param_groups": "memzoo.adapters.optim",
     "parameter_breakdown": "memzoo.modeling.statistics",
 }
 
 # package of each family -> its classes' common prefix
-_FAMILIES = {"maru": "Maru"}
+_FAMILIES = {
+    "dual_memory": "DualMemory",
+    "maru": "Maru",
+    "neural_memory_transformer": "NeuralMemoryTransformer",
+    "titan_mac": "TitanMac",
+    "memory_bank_transformer": "MemoryBankTransformer",
+}
 
 __all__ = ["__version__", *_EXPORTS]
 
@@ -73,3 +108,4 @@ def _register_families() -> None:
 
 
 _register_families()
+register_when_imported()

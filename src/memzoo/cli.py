@@ -1,9 +1,14 @@
-"""The `memzoo` command: train, generate, eval, chat. A user's mistake is one line and exit code 2."""
+"""The `memzoo` command: train, tokenizer, generate, eval, chat. A user's mistake is one line and exit code 2."""
 
 import argparse
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from memzoo.training.config import RunConfig
 
 TRAIN_HELP = """\
 examples:
@@ -14,15 +19,21 @@ examples:
 
 sections of CONFIG.yaml:
   model:      model_type (with an optional preset) or pretrained, and any field of the model's config
-  tokenizer:  pretrained; without it, the one beside model.pretrained, or MARU's bytes
-  data:       corpus | path | dataset; eval_path, eval_fraction, block_size, ...
+  tokenizer:  type bytes, type bpe with a vocab_size, or pretrained; without it, model.pretrained's own, or bytes
+  data:       corpus | path | dataset | task; eval_path, eval_fraction, block_size, streaming, ...
   sample:     prompts, max_new_tokens, temperature of the text written at every evaluation
   training:   any field of transformers.TrainingArguments
+  and learning_rates (by part of the model), early_stopping, optimizer; `memzoo config --explain KEY` explains each
 """
 
 
 def build_parser() -> argparse.ArgumentParser:
     from memzoo import __version__
+    from memzoo.hub_cards.command import add_commands as add_hub_commands
+    from memzoo.training.adapt.command import add_commands as add_adapt_commands
+    from memzoo.training.bench.command import add_bench_command
+    from memzoo.training.command import add_commands as add_training_commands
+    from memzoo.training.distill.command import add_commands as add_distill_commands
 
     parser = argparse.ArgumentParser("memzoo", description="Language models with a memory: train, generate, talk.")
     parser.add_argument("--version", action="version", version=f"memzoo {__version__}")
@@ -40,6 +51,13 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="continue the last checkpoint in training.output_dir")
     train.set_defaults(run=run_train)
 
+    tokenizer = commands.add_parser("tokenizer", help="train a byte-level BPE tokenizer on text files")
+    tokenizer.add_argument("--data", required=True, metavar="PATH", help="a .txt file or a folder of them, or 'sotu'")
+    tokenizer.add_argument("--vocab-size", type=_positive, default=8192, metavar="N", help="(default: %(default)s)")
+    tokenizer.add_argument("--min-frequency", type=_positive, default=2, metavar="N", help="(default: %(default)s)")
+    tokenizer.add_argument("--out", required=True, metavar="DIR", help="folder that AutoTokenizer then loads")
+    tokenizer.set_defaults(run=run_tokenizer)
+
     generate = commands.add_parser("generate", help="continue a prompt")
     _add_model(generate)
     generate.add_argument("--prompt", default="", help="text to continue (default: begin a new text)")
@@ -51,11 +69,18 @@ def build_parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("eval", help="bits per byte of a text, with the memory carried along or in windows")
     _add_model(evaluate)
-    evaluate.add_argument("--data", required=True, metavar="PATH", help="a .txt file or a folder of them, or 'sotu'")
+    evaluate.add_argument(
+        "--data",
+        metavar="PATH",
+        help="a .txt file or a folder of them, or 'sotu' (default: what the model's own training run held out)",
+    )
     evaluate.add_argument("--window", type=_positive, default=1024, help="tokens read at once (default: %(default)s)")
     evaluate.add_argument("--mode", choices=["carry", "window", "both"], default="both")
+    evaluate.add_argument("--stride", type=_positive, metavar="N", help="windows overlap: score the last N of each")
     evaluate.add_argument("--max-bytes", type=_positive, metavar="N", help="read at most N bytes in all")
     evaluate.set_defaults(run=run_eval)
+
+    add_bench_command(commands)
 
     chat = commands.add_parser("chat", help="talk with a model; its memory is kept between turns")
     _add_model(chat)
@@ -63,6 +88,10 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument("--memory", metavar="DIR", help="go on from this memory snapshot")
     chat.add_argument("--plain", action="store_true", help="no chat template: the model goes on with your text")
     chat.set_defaults(run=run_chat)
+    add_hub_commands(commands)
+    add_distill_commands(commands)
+    add_training_commands(commands)
+    add_adapt_commands(commands)
     return parser
 
 
@@ -70,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
-    if args.command == "train" and all("=" in word and word[0] != "-" for word in rest):
+    if hasattr(args, "overrides") and all("=" in word and word[0] != "-" for word in rest):
         args.overrides += rest  # argparse gives up on positionals after an option
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -100,6 +129,22 @@ def run_train(args: argparse.Namespace) -> None:
     print(f"model, tokenizer and loss.png are in {trainer.args.output_dir}")
 
 
+def run_tokenizer(args: argparse.Namespace) -> None:
+    _quiet()
+    from memzoo.training.config import DataConfig, check_bpe_size
+    from memzoo.training.data.bpe import bytes_per_token, train_bpe
+    from memzoo.training.data.documents import load_documents, open_folder, pieces
+
+    check_bpe_size("--vocab-size", args.vocab_size)
+    if (Path(args.out) / "tokenizer.json").exists():
+        raise FileExistsError(f"--out: {args.out} already holds a tokenizer; delete it or choose another folder")
+    sotu = DataConfig(corpus="sotu")
+    documents = load_documents(sotu)[0] if args.data == "sotu" else open_folder(args.data, "--data")
+    tokenizer = train_bpe(pieces(documents), args.vocab_size, args.min_frequency)
+    tokenizer.save_pretrained(args.out)
+    print(f"{len(tokenizer):,} tokens, {bytes_per_token(tokenizer, pieces(documents)):.2f} bytes each; in {args.out}")
+
+
 def run_generate(args: argparse.Namespace) -> None:
     session = _session(args)
     from transformers import TextStreamer
@@ -117,11 +162,17 @@ def run_eval(args: argparse.Namespace) -> None:
     _quiet()
     from memzoo.session import load_model
     from memzoo.training.config import DataConfig
-    from memzoo.training.data import load_documents, read_folder
-    from memzoo.training.data.documents import equal_shares
+    from memzoo.training.data.documents import equal_shares, load_documents, read_folder
     from memzoo.training.evaluate import evaluate_documents
 
-    if args.data == "sotu":
+    if args.stride is not None and (args.mode == "carry" or args.stride > args.window):
+        raise ValueError(f"--stride {args.stride}: goes with --mode window, and with a --window of as many tokens")
+    if args.data is None and (run := _run_of(args.model)).data.task is not None:
+        _eval_task(args.model, run)
+        return
+    if args.data is None:
+        documents = _held_out(run)
+    elif args.data == "sotu":
         documents = load_documents(DataConfig(corpus="sotu"))[1]
     else:
         documents = read_folder(args.data, "--data")
@@ -130,11 +181,48 @@ def run_eval(args: argparse.Namespace) -> None:
     model, tokenizer = load_model(args.model)
     print(f"{len(documents)} document(s), {sum(map(len, documents)):,} bytes, {args.window} tokens at once")
     for mode in ("carry", "window") if args.mode == "both" else (args.mode,):
-        score = evaluate_documents(model, tokenizer, documents, args.window, carry=mode == "carry")
+        stride = args.stride if mode == "window" else None
+        score = evaluate_documents(model, tokenizer, documents, args.window, mode == "carry", stride)
         print(
             f"{mode:>6}: {score.bits_per_byte:.4f} bits per byte, perplexity {score.perplexity:.3f} per token, "
             f"{score.num_tokens / score.seconds:,.0f} tokens/s"
         )
+
+
+def _eval_task(folder: str, run: "RunConfig") -> None:
+    from memzoo.session import load_model
+    from memzoo.training.evaluate import greedy_answers
+    from memzoo.training.sources import load_task
+    from memzoo.training.tasks.common import TextTask
+
+    task = load_task(run)[1]
+    if not isinstance(task, TextTask):
+        raise ValueError(f"{run.data.task} is not text; use memzoo bench --task {run.data.task} --model {folder}")
+    answers = greedy_answers(load_model(folder)[0], task, run.data.task_eval_size, seed=run.training.get("seed", 0))
+    right = sum(answer.right for answer in answers)
+    print(f"{run.data.task}: {right} of {len(answers)} held-out problems answered right ({right / len(answers):.1%})")
+    for answer in answers[:8]:
+        print(f"  {answer.question}{answer.written}{'' if answer.right else '   wrong'}")
+
+
+def _run_of(folder: str) -> "RunConfig":
+    """The settings of the training run that wrote a model."""
+    from memzoo.training.checkpoints import RUN_FILE
+    from memzoo.training.config import load_config
+
+    file = Path(folder) / RUN_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"--data: missing, and {folder} has no {RUN_FILE} that says what it was trained on")
+    return load_config(str(file))
+
+
+def _held_out(run: "RunConfig") -> list[bytes]:
+    from memzoo.training.data import load_documents, load_parts
+
+    documents = (load_parts if run.data.path is not None else load_documents)(run.data)[1]
+    if not documents:
+        raise ValueError("--data: missing, and the model's training run held no text out")
+    return documents
 
 
 def run_chat(args: argparse.Namespace) -> None:

@@ -5,8 +5,9 @@ import json
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from transformers import LlamaConfig
+from transformers import AutoConfig, LlamaConfig
 
+import memzoo
 from memzoo import MaruConfig, MaruForCausalLM
 from memzoo.hub_cards.card import render_card
 
@@ -57,3 +58,12 @@ def test_other_models_are_refused(tmp_path):
     LlamaConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no card for 'llama'"):
         render_card(tmp_path)
+
+
+def test_every_family_has_a_card_of_its_own(tmp_path):
+    for model_type in memzoo._FAMILIES:
+        folder = tmp_path / model_type
+        AutoConfig.for_model(model_type, hidden_size=16, num_attention_heads=2).save_pretrained(folder)
+        text = render_card(folder).text
+        assert all(f"## {part}" in text for part in ("Use", "Limits", "Licence and citation"))
+        assert "memory" in text and "arXiv" in text

@@ -5,9 +5,17 @@ from itertools import chain, pairwise
 import pytest
 import torch
 
-from memzoo.kernels.neural_memory import neural_memory, neural_memory_read, reference
+from memzoo.kernels.neural_memory import fused, neural_memory, neural_memory_read, reference
 
 B, H, DK, DV, HIDDEN = 2, 2, 5, 5, 7
+
+
+@pytest.fixture(autouse=True, params=["fused", "torch"])
+def form(request, monkeypatch):
+    if request.param == "torch":
+        monkeypatch.setattr(fused, "is_available", lambda: False)
+    elif not fused.is_available():
+        pytest.skip("numba is not installed")
 
 
 def inputs(T: int, depth: int, grad: bool = True, dk: int = DK) -> list[list[torch.Tensor]]:
@@ -77,6 +85,20 @@ def test_options_agree_with_the_loop(options, T):
     assert_agree(got, expected, [*tokens, *gates, *W, *S, *start])
 
 
+@pytest.mark.parametrize("T", [1, 11])
+@pytest.mark.parametrize("residual", [True, False])
+def test_normalize_is_unit_length_of_q_and_k(T, residual):
+    tokens, gates, W, S, start = inputs(T, 2)
+    tokens[0].data *= 2
+    tokens[1].data[:, :, 0] = 0
+    at = torch.tensor([2, 0])
+    y, state = neural_memory(*tokens, *gates, W, S, 4, normalize=True, start=start, position=at, residual=residual)
+    units = [torch.nn.functional.normalize(x, dim=-1) for x in tokens[:2]]
+    expected = reference(*units, tokens[2], *gates, W, S, start, at, 4, residual=residual)
+    got = [y, *state.weights, *state.momentum]
+    assert_agree(got, [expected[0], *chain(*expected[1:3])], [*tokens, *gates, *W, *S, *start])
+
+
 @pytest.mark.parametrize("detach_every", [1, 2])
 def test_truncation_agrees_with_the_loop(detach_every):
     tokens, gates, W, S, start = inputs(23, 2)
@@ -102,6 +124,29 @@ def test_gradcheck():
         return y, *state.weights, *state.momentum, *state.start
 
     assert torch.autograd.gradcheck(op, leaves, fast_mode=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"clip": 0.7, "activation": "gelu", "normalize": True},
+        {"threshold": 2.0, "residual": True, "read_own_write": False},
+        {"residual": True, "normalize": True},
+    ],
+)
+@pytest.mark.parametrize("depth", [1, 3])
+def test_single_tokens_are_the_sequence(depth, options):
+    tokens, gates, W, S, start = inputs(9, depth, grad=False)
+    mask, at = torch.rand(B, 9) > 0.3, torch.tensor([2, 0])
+    whole, final = neural_memory(*tokens, *gates, W, S, 4, mask, start=start, position=at, **options)
+    reads, state = [], (W, S, start, at)
+    for t in range(9):
+        one = [x[:, :, t : t + 1] for x in (*tokens, *gates)]
+        y, state = neural_memory(*one, *state[:2], 4, mask[:, t : t + 1], start=state[2], position=state[3], **options)
+        reads.append(y)
+    torch.testing.assert_close(torch.cat(reads, 2), whole, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(list(chain(*state[:3])), list(chain(*final[:3])), rtol=1e-10, atol=1e-12)
 
 
 @torch.no_grad()

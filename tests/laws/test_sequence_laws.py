@@ -11,7 +11,12 @@ from memzoo import MemoryCache
 def states_close(a: MemoryCache, b: MemoryCache, rows: slice | int = slice(None), tolerance: float = 1e-10) -> None:
     assert a.states.keys() == b.states.keys() and a.states
     for name, state in a.states.items():
-        torch.testing.assert_close(state[rows], b.states[name], rtol=tolerance, atol=tolerance)
+        state, expected = state[rows], b.states[name]
+        if name.endswith((".keys", ".values")):  # right-aligned, as many as the longest row of a batch has
+            spare = state.shape[2] - expected.shape[2]
+            assert spare >= 0 and not state[:, :, :spare].any()
+            state = state[:, :, spare:]
+        torch.testing.assert_close(state, expected, rtol=tolerance, atol=tolerance)
 
 
 @torch.no_grad()
@@ -115,7 +120,8 @@ def test_6_finite_differences(row, ids):
     parameters = list(model.parameters())
     directions = [torch.randn_like(p) * (p.std() if p.numel() > 1 else 1) for p in parameters]
     weight = torch.randn(3, 37, 61, dtype=torch.float64)
-    slope = torch.autograd.grad((model(ids).logits * weight).sum(), parameters)
+    # a memory that evaluation does not change leaves what would change it without a gradient
+    slope = torch.autograd.grad((model(ids).logits * weight).sum(), parameters, materialize_grads=True)
     slope = sum((g * d).sum() for g, d in zip(slope, directions))
     values = []
     with torch.no_grad():

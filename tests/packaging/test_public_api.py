@@ -10,13 +10,32 @@ import memzoo
 
 PUBLIC = {
     "__version__",
+    "DualMemoryConfig",
+    "DualMemoryForCausalLM",
+    "DualMemoryForSequenceClassification",
+    "DualMemoryModel",
     "MaruConfig",
     "MaruForCausalLM",
     "MaruForSequenceClassification",
     "MaruModel",
     "MaruTokenizer",
+    "MemoryBankTransformerConfig",
+    "MemoryBankTransformerForCausalLM",
+    "MemoryBankTransformerForSequenceClassification",
+    "MemoryBankTransformerModel",
     "MemoryCache",
+    "MemoryConfig",
     "MemoryGenerationMixin",
+    "MemoryModel",
+    "NeuralMemoryTransformerConfig",
+    "NeuralMemoryTransformerForCausalLM",
+    "NeuralMemoryTransformerForSequenceClassification",
+    "NeuralMemoryTransformerModel",
+    "TitanMacConfig",
+    "TitanMacForCausalLM",
+    "TitanMacForSequenceClassification",
+    "TitanMacModel",
+    "memory_param_groups",
     "parameter_breakdown",
 }
 
@@ -34,7 +53,8 @@ def test_public_names():
 def test_import_is_light(run, tmp_path):
     code = "import memzoo, sys, json; print(json.dumps(list(sys.modules)))"
     loaded = set(json.loads(run(sys.executable, "-P", "-c", code, cwd=tmp_path)))
-    assert not loaded & {"numba", "matplotlib", "datasets", "peft", "pandas", "memzoo.training", "memzoo.adapters"}
+    heavy = {"numba", "matplotlib", "datasets", "peft", "pandas", "memzoo.training", "memzoo.adapters.model"}
+    assert not loaded & heavy
     # transformers itself imports triton where it is installed; memzoo's own kernels must not
     assert not [name for name in loaded if name.startswith("memzoo.") and name.endswith(".triton")]
 

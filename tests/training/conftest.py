@@ -7,6 +7,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from memzoo.training.config import parse_config
 
@@ -73,3 +75,47 @@ def settings(corpus, tmp_path):
 def run_config(settings):
     """The same, parsed."""
     return lambda family="maru", **sections: parse_config(settings(family, **sections))
+
+
+TINY_LLM = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer():
+    """A fast tokenizer of bytes and three special tokens, with a chat template: `make_tokenizer(template=...)`."""
+
+    def make(template=CHATML):
+        symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+        tokenizer = Tokenizer(models.BPE({symbol: i for i, symbol in enumerate(symbols)}, []))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|pad|>"}
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **names)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_base(make_tokenizer):
+    """Writes a tiny random model and its tokenizer; returns the folder."""
+
+    def make(folder, kind="llama", template=True, **more):
+        tokenizer = make_tokenizer() if template else make_tokenizer(template=None)
+        tokenizer.save_pretrained(folder)
+        torch.manual_seed(0)
+        ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+        config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), **{**TINY_LLM, **ids, **more})
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        return str(folder)
+
+    return make

@@ -38,6 +38,11 @@ def test_no_is_a_string_and_true_a_boolean(write):
     assert config.training["bf16"] is True
 
 
+def test_fsdp_is_switched_on_by_true(write):
+    """As transformers wants it, though its annotation still says it is a string."""
+    assert write("training.fsdp=true", "training.fsdp_config={version: 2}").training["fsdp"] is True
+
+
 def test_an_int_becomes_a_float_where_a_float_is_due(write):
     value = write("training.learning_rate=1").training["learning_rate"]
     assert isinstance(value, float)

@@ -5,12 +5,13 @@ import logging
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from memzoo.modeling.maru.tokenization_maru import MaruTokenizer
 from memzoo.training.config import ConfigError, DataConfig
 from memzoo.training.data import PackedBlocks, collate_blocks, load_documents, read_folder, tokenize
 from memzoo.training.data.documents import equal_shares, split_tail
+from memzoo.training.metrics import sequence_nats
 
 TEXTS = ["abc", "zwölf ä", "", "the last one is longer than a block"]
 
@@ -20,38 +21,74 @@ def tokenizer():
     return MaruTokenizer()
 
 
-def pack(documents, tokenizer, block_size):
-    return PackedBlocks(tokenize(documents, tokenizer), sum(map(len, documents)), block_size, tokenizer.bos_token_id)
+def pack(documents, tokenizer, block_size, **options):
+    num_bytes = sum(map(len, documents))
+    return PackedBlocks(tokenize(documents, tokenizer), num_bytes, block_size, tokenizer.bos_token_id, **options)
 
 
+@pytest.mark.parametrize("across", [True, False])
 @pytest.mark.parametrize("block_size", [2, 3, 7, 16, 1000])
-def test_every_token_is_predicted_exactly_once(tokenizer, block_size):
+def test_every_token_is_predicted_exactly_once(tokenizer, block_size, across):
     documents = [text.encode() for text in TEXTS if text]
-    blocks = pack(documents, tokenizer, block_size)
-    stream = []
-    for document in documents:
-        stream += [tokenizer.bos_token_id, *tokenizer.encode_bytes(document), tokenizer.eos_token_id]
+    blocks = pack(documents, tokenizer, block_size, across=across)
+    streams = [[tokenizer.bos_token_id, *tokenizer.encode_bytes(d), tokenizer.eos_token_id] for d in documents]
+    streams = [[token for stream in streams for token in stream]] if across else streams
     predicted = [int(t) for block in blocks for t in block["input_ids"][1:]]
-    assert predicted == stream[1:]
-    assert int(blocks[0]["input_ids"][0]) == stream[0]
+    assert predicted == [token for stream in streams for token in stream[1:]]
+    assert int(blocks[0]["input_ids"][0]) == streams[0][0]
     counted = sum(int((block["labels"][1:] != -100).sum()) for block in blocks)
     assert counted == blocks.num_targets == sum(map(len, documents)) + len(documents)  # bytes, and ends of documents
     assert blocks.num_bytes == sum(map(len, documents))
     assert len(list(blocks)) == len(blocks)
 
 
-def test_only_the_last_block_is_padded(tokenizer):
-    blocks = pack([b"0123456789"], tokenizer, 5)  # bos + 10 + eos = 12 tokens, 11 targets, 4 each
+@pytest.mark.parametrize("across", [True, False])
+def test_without_a_token_that_begins_texts_all_but_the_first_are_predicted(across):
+    documents = [np.arange(5), np.arange(1), np.arange(0), np.arange(3)]
+    blocks = PackedBlocks(documents, 9, 4, None, across)
+    assert blocks.num_targets == sum(len(b["labels"]) - 1 for b in blocks) == (8 if across else 4 + 0 + 2)
+    assert [len(block["labels"]) for block in blocks] == ([4, 4, 3] if across else [4, 2, 3])
+
+
+@pytest.mark.parametrize("family", ["maru", "llama"])
+def test_a_document_in_a_batch_has_the_loss_that_it_has_alone(tokenizer, settings, family):
+    """Blocks of several documents, batched as in training, against each document read by itself from its beginning."""
+    documents = [b"a first text of some length", b"short", b"and a third one, longer than a block is"]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            **settings(family)["model"],
+            vocab_size=len(tokenizer),
+            pad_token_id=tokenizer.pad_token_id,
+            initializer_range=0.2,
+        )
+    )
+    model = model.double().eval()
+
+    def nats(blocks):
+        batch = collate_blocks(blocks, tokenizer.pad_token_id)
+        return sequence_nats(model(**batch, use_cache=False).logits, batch["labels"])
+
+    with torch.no_grad():
+        alone = [nats(list(pack([document], tokenizer, 16))).sum() for document in documents]
+        together = nats(list(pack(documents, tokenizer, 16))).sum()
+        across = nats(list(pack(documents, tokenizer, 16, across=True))).sum()
+    torch.testing.assert_close(together, sum(alone), rtol=1e-6, atol=0)  # sequence_nats has float32's precision
+    assert abs(across - sum(alone)) > 1e-4 * together  # what it would be if one text were read after another
+
+
+def test_only_the_last_block_of_a_document_is_padded(tokenizer):
+    blocks = pack([b"0123456789", b"01"], tokenizer, 5)  # bos + 10 + eos = 12 tokens, 11 targets, 4 each
     batch = collate_blocks(list(blocks), pad_token_id=256)
-    assert [len(block["input_ids"]) for block in blocks] == [5, 5, 4]
-    assert batch["attention_mask"].tolist() == [[1] * 5, [1] * 5, [1] * 4 + [0]]
-    assert batch["labels"][2, -1] == -100
-    assert batch["input_ids"][2, -1] == 256
+    assert [len(block["input_ids"]) for block in blocks] == [5, 5, 4, 4]
+    assert batch["attention_mask"].tolist() == [[1] * 5, [1] * 5, [1] * 4 + [0], [1] * 4 + [0]]
+    assert (batch["labels"][2:, -1] == -100).all()
+    assert (batch["input_ids"][2:, -1] == 256).all()
     assert "attention_mask" not in collate_blocks(list(blocks)[:2])
 
 
 def test_the_beginning_of_a_document_is_given_not_predicted(tokenizer):
-    blocks = pack([b"ab", b"cd"], tokenizer, 100)
+    blocks = pack([b"ab", b"cd"], tokenizer, 100, across=True)
     ids, labels = blocks[0]["input_ids"], blocks[0]["labels"]
     assert torch.equal(labels == -100, ids == tokenizer.bos_token_id)
 

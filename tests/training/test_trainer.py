@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from memzoo.training.checkpoints import DamagedCheckpoint
 from memzoo.training.config import ConfigError
 from memzoo.training.metrics import BitsPerByte
-from memzoo.training.trainer import build_model, load_tokenizer, train
+from memzoo.training.sources import load_tokenizer
+from memzoo.training.trainer import build_model, train
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +99,20 @@ def test_a_sample_is_written_at_every_evaluation(run_config, capsys, temperature
     out = capsys.readouterr().out
     assert [out.count(f"sample at step {step} (") for step in (4, 8)] == [2, 2]
     assert "\nZwölf" in out
+
+
+@pytest.mark.parametrize("model", ["maru", "llama"])
+def test_statistics_of_the_memory_are_logged_at_every_evaluation(run_config, finished, model):
+    _, trainer = finished(run_config, model)
+    logged = [log for log in trainer.state.log_history if any(key.startswith("memory/") for key in log)]
+    if model == "llama":
+        assert not logged
+        return
+    assert [log["step"] for log in logged] == [4, 8]
+    stats = trainer.model.eval().get_memory_stats(trainer.eval_dataset[0]["input_ids"][None])
+    assert {key: value for key, value in logged[-1].items() if key.startswith("memory/")} == pytest.approx(
+        {f"memory/0/{name}": value for name, value in stats[0].items()}, rel=1e-4
+    )
 
 
 def test_the_best_model_is_kept(run_config, tmp_path, monkeypatch):

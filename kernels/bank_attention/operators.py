@@ -1,0 +1,107 @@
+"""A routed read as torch.library operators, so that torch.compile and torch.export see one node with a gradient."""
+
+import importlib
+import importlib.util
+import os
+import warnings
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from memzoo.kernels.bank_attention import chunked
+
+
+@cache
+def _triton_is_installed() -> bool:
+    found = importlib.util.find_spec("triton") is not None
+    if not found:
+        warnings.warn("Triton is not installed: bank_attention runs on CUDA through torch operators", stacklevel=5)
+    return found
+
+
+def choose(implementation: str, device: str) -> str:
+    """The name of the module that computes, from the caller's wish and the device."""
+    if implementation == "auto":
+        return "triton" if device == "cuda" and _triton_is_installed() else "chunked"
+    if implementation not in ("chunked", "triton"):
+        raise ValueError(f"implementation must be auto, reference, chunked or triton, not {implementation!r}")
+    if implementation == "triton" and device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError("implementation='triton' needs CUDA tensors (or TRITON_INTERPRET=1)")
+    return implementation
+
+
+def _triton():
+    return importlib.import_module("memzoo.kernels.bank_attention.triton")
+
+
+@torch.library.custom_op("memzoo::bank_attention", mutates_args=())
+def routed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chapters: Tensor,
+    log_weights: Tensor,
+    size: int,
+    shared: int,
+    joint: bool,
+    scale: float,
+    implementation: str,
+) -> tuple[Tensor, Tensor]:
+    """q [n, H, d], k, v [Hk, N, d], chapters, log_weights [n, S]. Returns out [n, H, d], L [n, H] (0 if separate)."""
+    options = (chapters, log_weights, size, shared, joint, scale)
+    with torch.autocast(q.device.type, enabled=False):
+        if implementation == "triton":
+            return _triton().forward(q, k, v, *options)
+        bank = (k.shape[1], k.shape[0], chunked.slices(k, v))
+        return chunked.forward(q, bank, *options)
+
+
+@routed.register_fake
+def _(q, k, v, chapters, log_weights, size, shared, joint, scale, implementation):
+    n, H, _ = q.shape
+    return q.new_empty(n, H, v.shape[2]), q.new_empty(n, H)
+
+
+@torch.library.custom_op("memzoo::bank_attention_backward", mutates_args=())
+def routed_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    chapters: Tensor,
+    log_weights: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    size: int,
+    shared: int,
+    joint: bool,
+    scale: float,
+    router: bool,
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, log_weights."""
+    module = _triton() if implementation == "triton" else chunked
+    with torch.autocast(q.device.type, enabled=False):
+        return module.backward(
+            grad.contiguous(), q, k, v, chapters, log_weights, out, lse, size, shared, joint, scale, router
+        )
+
+
+@routed_backward.register_fake
+def _(grad, q, k, v, chapters, log_weights, *_):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, log_weights))
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, ctx.size, ctx.shared, ctx.joint, ctx.scale, ctx.implementation = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _backward(ctx, grad, _grad_lse):
+    options = (ctx.size, ctx.shared, ctx.joint, ctx.scale, ctx.needs_input_grad[4], ctx.implementation)
+    dq, dk, dv, dw = routed_backward(grad, *ctx.saved_tensors, *options)
+    return dq, dk, dv, None, dw, *(None,) * 5
+
+
+routed.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,109 @@
+"""What the compiled loops do element by element: activations with two derivatives, norms, copies and transposes.
+
+Features are rows and tokens are columns, [d, n]; `kind` is 0 for silu and 1 for gelu. Numba's cache on disk does not
+notice a change here or in `products.py`: touch the files of the loops after one.
+"""
+
+import math
+
+import numpy as np
+from numba import njit, types
+from numba.extending import overload
+
+from memzoo.kernels.selective_scan.elementwise import exp32, sigmoid
+from memzoo.kernels.selective_scan.fused_kernels import FAST, OPTIONS
+
+KINDS = {"silu": 0, "gelu": 1}
+NORMAL = 1 / math.sqrt(2 * math.pi)
+# erf to 1.5e-7: Abramowitz and Stegun 7.1.26
+P = np.float32(0.3275911 * math.sqrt(0.5))
+A1, A2, A3 = np.float32(0.254829592 / 2), np.float32(-0.284496736 / 2), np.float32(1.421413741 / 2)
+A4, A5 = np.float32(-1.453152027 / 2), np.float32(1.061405429 / 2)
+NORMAL32, HALF, ONE = np.float32(NORMAL), np.float32(0.5), np.float32(1)
+FAR = np.float32(150)  # of squares: beyond it the density would be denormal, and slow
+
+
+@njit(fastmath={"contract"})
+def below32(z):
+    """The normal distribution's part below z, and its density at z."""
+    square = z * z
+    bell = exp32(-HALF * (square if square < FAR else FAR))
+    t = ONE / (ONE + P * abs(z))
+    tail = ((((A5 * t + A4) * t + A3) * t + A2) * t + A1) * t * bell
+    return (tail if z < 0 else ONE - tail), NORMAL32 * bell
+
+
+@njit
+def below64(z):
+    return 0.5 + 0.5 * math.erf(z * math.sqrt(0.5)), NORMAL * math.exp(-0.5 * z * z)
+
+
+def below(z): ...
+
+
+@overload(below)
+def _below(z):
+    return (lambda z: below32(z)) if z is types.float32 else (lambda z: below64(z))
+
+
+@njit(fastmath=FAST, **OPTIONS)
+def activate(kind, z, h):
+    """h = act(z)."""
+    for f in range(z.shape[0]):
+        if kind == 0:
+            for t in range(z.shape[1]):
+                h[f, t] = z[f, t] * sigmoid(z[f, t])
+        else:
+            for t in range(z.shape[1]):
+                part, _ = below(z[f, t])
+                h[f, t] = z[f, t] * part
+
+
+@njit(fastmath=FAST, **OPTIONS)
+def differentiate(kind, z, h, slope, bend):
+    """h = act(z) and act's first and second derivative there."""
+    one, two = z.dtype.type(1), z.dtype.type(2)
+    for f in range(z.shape[0]):
+        if kind == 0:
+            for t in range(z.shape[1]):
+                s = sigmoid(z[f, t])
+                value = z[f, t] * s
+                first = s + value * (one - s)
+                h[f, t], slope[f, t] = value, first
+                bend[f, t] = (s - s * value + first) * (one - s)
+        else:
+            for t in range(z.shape[1]):
+                part, density = below(z[f, t])
+                h[f, t], slope[f, t] = z[f, t] * part, part + z[f, t] * density
+                bend[f, t] = (two - z[f, t] * z[f, t]) * density
+
+
+@njit(fastmath=FAST, **OPTIONS)
+def transpose(x, out, n):
+    """The first n columns of x as the rows of out."""
+    for f in range(x.shape[0]):
+        for t in range(n):
+            out[t, f] = x[f, t]
+
+
+@njit(fastmath=FAST, **OPTIONS)
+def square_norms(x, out):
+    """The squared length of every column."""
+    out[:] = 0
+    for f in range(x.shape[0]):
+        for t in range(x.shape[1]):
+            out[t] += x[f, t] * x[f, t]
+
+
+@njit(fastmath=FAST, **OPTIONS)
+def scale_columns(x, factors, out):
+    for f in range(x.shape[0]):
+        for t in range(x.shape[1]):
+            out[f, t] = factors[t] * x[f, t]
+
+
+@njit(fastmath=FAST, **OPTIONS)
+def multiply(x, y, out):
+    for f in range(x.shape[0]):
+        for t in range(x.shape[1]):
+            out[f, t] = x[f, t] * y[f, t]

@@ -1,0 +1,167 @@
+"""Small matrix products for compiled CPU loops: numba writes the inner tile as vector instructions itself.
+
+LLVM turns plain loops into half-width vectors and keeps no block of sums in registers; BLAS needs microseconds a call
+for the 16 to 128 wide products here. A tile holds `rows` x `vectors` sums in registers: a value of A, at any strides,
+times a vector of B's columns. So B and the result must be contiguous along columns; A may be a transpose.
+
+Shapes are multiples of PAD. All arrays are [rows, columns], float32 or float64.
+"""
+
+from itertools import chain
+
+from llvmlite import binding, ir
+from numba import float32, float64, njit, void
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+from memzoo.kernels.selective_scan.fused_kernels import OPTIONS
+
+PAD = 16
+
+_wide = binding.get_host_cpu_features().get("avx512f", False)
+_arm = binding.get_process_triple().startswith(("aarch64", "arm64"))
+VECTOR = 64 if _wide else 16 if _arm else 32  # bytes
+SUMS = 16 if _wide or _arm else 8  # vectors of sums: half of the registers
+
+
+def _tile(rows: int, vectors: int, terms: int):
+    """tile(out, m, n, x, y, X, Y, A, B): the rows x vectors of out at [m, n] are those of A B + x X + y Y, or of the
+    first one or two of these terms."""
+
+    @intrinsic
+    def tile(_, out, m, n, x, y, X, Y, A, B):
+        def generate(context, builder, signature, args):
+            real, i64 = context.get_value_type(signature.args[0].dtype), ir.IntType(64)
+            size = signature.args[0].dtype.bitwidth // 8
+            vector = ir.VectorType(real, VECTOR // size)
+            lane = ir.VectorType(ir.IntType(32), VECTOR // size)
+
+            def array(i):
+                parts = context.make_array(signature.args[i])(context, builder, args[i])
+                return builder.ptrtoint(parts.data, i64), cgutils.unpack_tuple(builder, parts.strides), parts.shape
+
+            def at(base, *steps):
+                for count, stride in steps:
+                    count, stride = (ir.Constant(i64, v) if isinstance(v, int) else v for v in (count, stride))
+                    base = builder.add(base, builder.mul(count, stride))
+                return base
+
+            def load(place, kind):
+                return builder.load(builder.inttoptr(place, kind.as_pointer()), align=size)
+
+            def splat(value):
+                one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.IntType(32)(0))
+                return builder.shuffle_vector(one, one, ir.Constant(lane, None))
+
+            def multiply_add(a, b, c):
+                return builder.fadd(builder.fmul(a, b, flags=["contract"]), c, flags=["contract"])
+
+            (A, (A_row, A_k), A_shape), (B, (B_k, _), _) = array(7), array(8)
+            m, n, x, y = args[1:5]
+            C, X, Y = ((at(place, (m, row), (n, size)), row) for place, (row, _), _ in map(array, (0, 5, 6)))
+            A, B = at(A, (m, A_row)), at(B, (n, size))
+            A_rows = [at(ir.Constant(i64, 0), (r, A_row)) for r in range(rows)]
+            before, loop = builder.block, builder.append_basic_block("k")
+            after = builder.append_basic_block("store")
+            builder.branch(loop)
+            builder.position_at_end(loop)
+            k, a, b = (builder.phi(i64) for _ in range(3))
+            sums = [[builder.phi(vector) for _ in range(vectors)] for _ in range(rows)]
+            columns = [load(at(b, (j, VECTOR)), vector) for j in range(vectors)]
+            new = []
+            for row, old in zip(A_rows, sums):
+                value = splat(load(builder.add(a, row), real))
+                new.append([multiply_add(value, column, s) for column, s in zip(columns, old)])
+            following = at(k, (1, 1)), at(a, (1, A_k)), at(b, (1, B_k))
+            for phi, first, then in zip((k, a, b), (ir.Constant(i64, 0), A, B), following):
+                phi.add_incoming(first, before)
+                phi.add_incoming(then, loop)
+            for old, then in zip(chain(*sums), chain(*new)):
+                old.add_incoming(ir.Constant(vector, [0.0] * vector.count), before)
+                old.add_incoming(then, loop)
+            count = builder.extract_value(A_shape, 1)
+            builder.cbranch(builder.icmp_signed("<", following[0], count), loop, after)
+            builder.position_at_end(after)
+            for r in range(rows):
+                for j in range(vectors):
+                    value = new[r][j]
+                    for factor, (place, row) in ((x, X), (y, Y))[: terms - 1]:
+                        value = multiply_add(splat(factor), load(at(place, (r, row), (j, VECTOR)), vector), value)
+                    place = at(C[0], (r, C[1]), (j, VECTOR))
+                    builder.store(value, builder.inttoptr(place, vector.as_pointer()), align=size)
+            return context.get_dummy_value()
+
+        return types.void(out, m, n, x, y, X, Y, A, B), generate
+
+    return tile
+
+
+SHAPES = [(SUMS, 1), (SUMS // 2, 2), (SUMS // 4, 4)]
+_set1, _set2, _set4 = (_tile(*shape, 1) for shape in SHAPES)
+_add1, _add2, _add4 = (_tile(*shape, 2) for shape in SHAPES)
+_mix1, _mix2, _mix4 = (_tile(*shape, 3) for shape in SHAPES)
+
+
+def _signatures(*kinds: str) -> list:
+    """Arrays of any layout and numbers, for both types: one compilation each."""
+    return [void(*(real[:, :] if kind == "array" else real for kind in kinds)) for real in (float32, float64)]
+
+
+@njit(_signatures("array", "array", "array"), **OPTIONS)
+def product(out, A, B):
+    """out = A B."""
+    lanes, zero = VECTOR // out.itemsize, out.dtype.type(0)
+    M, N = out.shape
+    wide = N // (4 * lanes) * 4 * lanes
+    half = N // (2 * lanes) * 2 * lanes
+    for n in range(0, wide, 4 * lanes):
+        for m in range(0, M, SUMS // 4):
+            _set4(out, m, n, zero, zero, out, out, A, B)
+    for n in range(wide, half, 2 * lanes):
+        for m in range(0, M, SUMS // 2):
+            _set2(out, m, n, zero, zero, out, out, A, B)
+    for n in range(half, N, lanes):
+        for m in range(0, M, SUMS):
+            _set1(out, m, n, zero, zero, out, out, A, B)
+
+
+@njit(_signatures("array", "number", "array", "array", "array"), **OPTIONS)
+def scale_add(out, x, X, A, B):
+    """out = x X + A B."""
+    lanes = VECTOR // out.itemsize
+    M, N = out.shape
+    wide = N // (4 * lanes) * 4 * lanes
+    half = N // (2 * lanes) * 2 * lanes
+    for n in range(0, wide, 4 * lanes):
+        for m in range(0, M, SUMS // 4):
+            _add4(out, m, n, x, x, X, X, A, B)
+    for n in range(wide, half, 2 * lanes):
+        for m in range(0, M, SUMS // 2):
+            _add2(out, m, n, x, x, X, X, A, B)
+    for n in range(half, N, lanes):
+        for m in range(0, M, SUMS):
+            _add1(out, m, n, x, x, X, X, A, B)
+
+
+@njit(_signatures("array", "number", "array", "number", "array", "array", "array"), **OPTIONS)
+def mix_add(out, x, X, y, Y, A, B):
+    """out = x X + y Y + A B."""
+    lanes = VECTOR // out.itemsize
+    M, N = out.shape
+    wide = N // (4 * lanes) * 4 * lanes
+    half = N // (2 * lanes) * 2 * lanes
+    for n in range(0, wide, 4 * lanes):
+        for m in range(0, M, SUMS // 4):
+            _mix4(out, m, n, x, y, X, Y, A, B)
+    for n in range(wide, half, 2 * lanes):
+        for m in range(0, M, SUMS // 2):
+            _mix2(out, m, n, x, y, X, Y, A, B)
+    for n in range(half, N, lanes):
+        for m in range(0, M, SUMS):
+            _mix1(out, m, n, x, y, X, Y, A, B)
+
+
+@njit(_signatures("array", "array", "array"), **OPTIONS)
+def add_product(out, A, B):
+    """out += A B."""
+    scale_add(out, out.dtype.type(1), out, A, B)

@@ -1,0 +1,156 @@
+"""The commands `memzoo distill` and `memzoo show-bank`."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from memzoo.training.distill.settings import Settings
+from memzoo.training.smollm2 import SMOLLM2
+
+if TYPE_CHECKING:
+    from memzoo.training.distill.distill import Report
+
+_OPTIONS = {
+    "continuations": "texts that the teacher writes to learn from",
+    "held_out": "texts that it writes to measure with",
+    "opening": "tokens of the document that each text begins with",
+    "length": "tokens that the teacher writes after them",
+    "context": "tokens that the teacher sees at once (default: the model's limit); longer documents are cut",
+    "steps": "training steps",
+    "batch_size": "texts of a step",
+    "seed": "of openings, continuations and order",
+}
+
+
+def add_commands(commands: Any) -> None:
+    """Add them to argparse's subparsers."""
+    teach = commands.add_parser("distill", help="learn a document by heart: train a memory bank to stand in for it")
+    teach.add_argument("--document", required=True, metavar="FILE", help="a text file")
+    teach.add_argument(
+        "--model",
+        required=True,
+        metavar="DIR",
+        help=f"a memory_bank_transformer, a memory adapter, or a pretrained model to give one to ('{SMOLLM2}' for the "
+        "small one from PyPI)",
+    )
+    teach.add_argument(
+        "--out", required=True, metavar="DIR", help="a new folder for the model or adapter, and the bank"
+    )
+    teach.add_argument(
+        "--train", choices=["bank", "read"], help="the bank alone, or its projections too (default: bank; read if new)"
+    )
+    for name, text in _OPTIONS.items():
+        value = getattr(Settings(), name)
+        shown = "" if value is None else f" (default: {value})"
+        teach.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=text + shown)
+    teach.add_argument("--learning-rate", type=float, metavar="LR", help="of the bank (default: 0.01)")
+    teach.add_argument("--quantize", choices=["int8", "int4"], help="write the learned banks in 8 or 4 bits")
+    teach.add_argument("--memory-tokens", type=int, default=64, metavar="N", help="of a new adapter (default: 64)")
+    teach.add_argument(
+        "--every", type=int, default=5, metavar="N", help="a new adapter reads in every N-th layer (default: 5)"
+    )
+    teach.set_defaults(run=run_distill)
+
+    show = commands.add_parser("show-bank", help="draw which chapters and memory tokens each token reads")
+    show.add_argument("model", metavar="MODEL", help="folder of a model with memory banks, or of an adapter")
+    show.add_argument("--text", required=True, help="what the model reads")
+    show.add_argument("--out", required=True, metavar="DIR", help="folder for the pictures and bank.html")
+    show.set_defaults(run=run_show_bank)
+
+
+def run_distill(args: argparse.Namespace) -> None:
+    from memzoo.cli import _quiet
+    from memzoo.training.distill.distill import distill
+
+    out, document = Path(args.out), Path(args.document)
+    if out.exists() and any(out.iterdir()):
+        raise FileExistsError(f"--out: {out} is not empty; delete it or choose another folder")
+    if not document.is_file():
+        raise FileNotFoundError(f"--document: {document} is not a file")
+    try:
+        text = document.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--document: {document} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    if not text.strip():
+        raise ValueError(
+            f"--document: {document} is empty ({document.stat().st_size} bytes); there is nothing to distil"
+        )
+    _quiet()
+    given = {name: getattr(args, name) for name in _OPTIONS if getattr(args, name) is not None}
+    if args.learning_rate is not None:
+        given["bank_learning_rate"] = args.learning_rate
+    Settings(**given)  # a wrong number is refused before a model is loaded
+    model, tokenizer, new = open_model(args.model, args.memory_tokens, args.every)
+    settings = Settings(**given, train=args.train or ("read" if new else "bank"))
+    report = distill(model, tokenizer, text, settings)
+    save(model, tokenizer, out, args.quantize)
+    report.save(out / "distillation.json", settings)
+    print(describe(report))
+    print(f"the model or adapter, its bank and distillation.json are in {out}")
+
+
+def describe(report: "Report") -> str:
+    kept = "nothing to keep: the document in context does not help" if report.kept is None else f"{report.kept:.0%}"
+    return (
+        f"{report.document_tokens:,} tokens, read in {report.windows} window(s)\n"
+        f"nats per held-out token: {report.without_memory:.3f} without the document, {report.with_bank:.3f} with the "
+        f"bank, {report.with_document:.3f} with the document in context\n"
+        f"kept: {kept}"
+    )
+
+
+def open_model(name: str, memory_tokens: int = 64, every: int = 5) -> tuple[Any, Any, bool]:
+    """Model and tokenizer from a folder of a model or an adapter, and whether its memory is new."""
+    from peft import AutoPeftModelForCausalLM, get_peft_model
+    from transformers import AutoTokenizer
+
+    from memzoo import MemoryConfig
+    from memzoo.session import load_model
+    from memzoo.training.distill.distill import banks_of
+
+    if (Path(name) / "adapter_config.json").is_file():
+        model = AutoPeftModelForCausalLM.from_pretrained(name, is_trainable=True).eval()
+        base = (
+            name
+            if (Path(name) / "tokenizer_config.json").is_file()
+            else model.active_peft_config.base_model_name_or_path
+        )
+        return model, AutoTokenizer.from_pretrained(base), False
+    if name == SMOLLM2:
+        from memzoo.training.smollm2 import smollm2_folder
+
+        name = str(smollm2_folder())
+    model, tokenizer = load_model(name)
+    if banks_of(model):
+        return model, tokenizer, False
+    config = model.config
+    if hasattr(config, "memory_placement"):
+        raise ValueError(f"{name} was made without a memory (memory_placement is {config.memory_placement!r})")
+    heads = config.num_attention_heads
+    options = {"num_memory_tokens": memory_tokens, "num_heads": heads, "placement": "every_n", "placement_k": every}
+    return get_peft_model(model, MemoryConfig(task_type="CAUSAL_LM", sharing="shared", **options)), tokenizer, True
+
+
+def save(model: Any, tokenizer: Any, out: Path, quantization: Any) -> None:
+    """The whole model or the adapter, and each bank on its own: `bank`, or `bank_0` and so on."""
+    from memzoo.modeling.memory_bank_files import save_bank
+    from memzoo.training.distill.distill import banks_of
+
+    banks = banks_of(model)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    for i, bank in enumerate(banks):
+        folder = out / ("bank" if len(banks) == 1 else f"bank_{i}")
+        save_bank(bank if quantization is None else bank.quantize(quantization), folder)
+
+
+def run_show_bank(args: argparse.Namespace) -> None:
+    from memzoo.cli import _quiet
+    from memzoo.training.bank_pictures import show_bank
+
+    _quiet()
+    model, tokenizer, new = open_model(args.model)
+    if new:
+        raise ValueError(f"{args.model} has no memory bank to show")
+    for file in show_bank(model, tokenizer, args.text, Path(args.out), Path(args.model)):
+        print(file)
