@@ -4,3 +4,5 @@
 `model.py` PEFT's interface to it, `states.py` what a sequence leaves in the generation cache, `optim.py` learning
 rates, `register.py` how PEFT learns of it.
 """
+
+import peft  # noqa: F401 (before the modules here, so that memzoo.peft_hook finds none of them half imported)

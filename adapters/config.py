@@ -6,8 +6,6 @@ from typing import Any, Literal, get_args, get_origin
 
 from peft import LoraConfig, PeftConfig
 
-from memzoo.adapters.register import register
-
 ARROW = "->"  # between the two sites in an entry of `target_modules`
 
 
@@ -186,6 +184,3 @@ class MemoryConfig(PeftConfig):
             nested = {name: sorted(x) if isinstance(x, set) else x for name, x in lora.to_dict().items()}
             values["lora_config"] = {name: x for name, x in nested.items() if name != "runtime_config"}
         return values
-
-
-register()  # where PEFT was imported by this very module

@@ -10,7 +10,6 @@ from torch import nn
 
 from memzoo.adapters.config import ARROW, MemoryConfig
 from memzoo.adapters.layer import CHILD, MemoryHost, MemoryLayer
-from memzoo.adapters.register import register
 from memzoo.adapters.sites import (
     ARCHITECTURES,
     check_modules_to_save,
@@ -269,6 +268,3 @@ def check_adapter_name(name: str, taken: set[str]) -> None:
             f"{name!r} cannot be an adapter's name: it must not be empty, contain a dot, or be the name of a part of "
             "the model or of a module's attribute; try 'default' or 'my_memory'"
         )
-
-
-register()  # where PEFT was imported by this very module

@@ -17,6 +17,7 @@ from transformers import CONFIG_MAPPING
 import memzoo
 
 OPTIONAL = ("numba", "triton")  # fast forms that are imported only where these are installed
+TOKENIZERS = {"MaruTokenizer": "memzoo.modeling.maru.tokenization_maru"}  # memzoo's own, whatever model they serve
 SELF = "this_module"  # how a flat file offers itself to `from package import module`
 
 _AUTO_CLASSES = {
@@ -31,7 +32,7 @@ def bundle(folder: str | Path) -> list[Path]:
     """Put the code of the model saved in `folder` beside it and name it in its config.
 
     Args:
-        folder: what `save_pretrained` wrote: `config.json`, and `tokenizer_config.json` for a family's own tokenizer.
+        folder: what `save_pretrained` wrote: `config.json`, and `tokenizer_config.json` if there is a tokenizer.
 
     Returns:
         The files of code that were written.
@@ -54,10 +55,12 @@ def bundle(folder: str | Path) -> list[Path]:
         if hasattr(package, prefix + suffix)
     }
     _update(path, {"auto_map": auto_map})
-    tokenizer, tokenizer_config = f"{prefix}Tokenizer", folder / "tokenizer_config.json"
-    if tokenizer_config.is_file() and json.loads(tokenizer_config.read_text())["tokenizer_class"] == tokenizer:
-        roots.append(f"memzoo.modeling.{family}.tokenization_{family}")
-        _update(tokenizer_config, {"auto_map": {"AutoTokenizer": [f"tokenization_{family}.{tokenizer}", None]}})
+    tokenizer_config = folder / "tokenizer_config.json"
+    tokenizer = json.loads(tokenizer_config.read_text())["tokenizer_class"] if tokenizer_config.is_file() else None
+    if tokenizer in TOKENIZERS:
+        roots.append(TOKENIZERS[tokenizer])
+        name = f"{flat_name(TOKENIZERS[tokenizer])}.{tokenizer}"
+        _update(tokenizer_config, {"auto_map": {"AutoTokenizer": [name, None]}})
     written = []
     for name, source in flatten(roots).items():
         written.append(folder / f"{name}.py")

@@ -8,7 +8,7 @@ first use.
 import importlib
 from typing import Any
 
-from memzoo.adapters.register import register_when_imported
+from memzoo.peft_hook import register_when_imported
 
 __version__ = "0.1.0"
 

@@ -14,9 +14,10 @@ IMPLEMENTATIONS = ["chunked", pytest.param("fused", marks=needs_numba)]
 @pytest.fixture(autouse=True)
 def empty_is_nan():
     """Deterministic mode fills torch.empty with NaN, so that an output nobody wrote can't pass."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)
     yield
-    torch.use_deterministic_algorithms(False)
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def make_inputs(batch=2, channels=5, time=7, states=3, dtype=torch.float64, seed=0):

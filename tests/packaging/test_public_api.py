@@ -53,7 +53,7 @@ def test_public_names():
 def test_import_is_light(run, tmp_path):
     code = "import memzoo, sys, json; print(json.dumps(list(sys.modules)))"
     loaded = set(json.loads(run(sys.executable, "-P", "-c", code, cwd=tmp_path)))
-    heavy = {"numba", "matplotlib", "datasets", "peft", "pandas", "memzoo.training", "memzoo.adapters.model"}
+    heavy = {"numba", "matplotlib", "datasets", "peft", "pandas", "memzoo.training", "memzoo.adapters"}
     assert not loaded & heavy
     # transformers itself imports triton where it is installed; memzoo's own kernels must not
     assert not [name for name in loaded if name.startswith("memzoo.") and name.endswith(".triton")]
@@ -61,3 +61,9 @@ def test_import_is_light(run, tmp_path):
 
 def test_types_are_shipped():
     assert (Path(memzoo.__file__).parent / "py.typed").exists()
+
+
+@pytest.mark.parametrize("first", ["import memzoo, peft", "import peft, memzoo", "import memzoo.adapters.layer"])
+def test_peft_knows_the_method_whatever_is_imported_first(first, run, tmp_path):
+    code = f"{first}; import peft; print(peft.PEFT_TYPE_TO_TUNER_MAPPING['MEMZOO'].__name__)"
+    assert run(sys.executable, "-P", "-c", code, cwd=tmp_path).strip() == "MemoryModel"

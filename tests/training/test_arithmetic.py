@@ -179,7 +179,8 @@ def test_a_run_reports_answers_and_its_settings_count(run_config, tmp_path, caps
         "max_steps": -1,
         "num_train_epochs": 2,
         "eval_steps": 2,
-        "save_strategy": "best",
+        "save_steps": 2,
+        "load_best_model_at_end": True,
         "eval_strategy": "steps",
     }
     trainer = train(run_config(data=data, sample={"prompts": [""], "max_new_tokens": 100}, training=training))
