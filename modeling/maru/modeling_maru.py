@@ -82,21 +82,20 @@ class MaruPreTrainedModel(MemoryPreTrainedModel):
     config: MaruConfig
     _no_split_modules = ["MaruBlock"]
     _keep_in_fp32_modules_strict = ["balance"]
-    # read as matrices by the kernels: quantization leaves these alone (as it does whatever is listed here)
-    _keep_in_fp32_modules = [
-        "dt_proj",
-        "router.h_proj",
-        "router.out_proj",
-        "gates_c",
-        "gates_h",
-        "query_h",
-        "write_proj",
-    ]
     _can_record_outputs = {
         "hidden_states": MaruBlock,
         "router_logits": OutputRecorder(MemoryCell, index=2),
         "memory_writes": OutputRecorder(MemoryCell, index=3),
     }
+
+    def __init__(self, config: MaruConfig) -> None:
+        super().__init__(config)
+        # read as matrices by the kernels: quantization leaves these alone, as it does whatever is listed here
+        names = ["dt_proj", *(["gates_h"] if config.recurrence == "sequential" else [])]
+        if config.memory_num_banks:
+            names += ["router.out_proj", "gates_c"]
+            names += ["router.h_proj", "query_h", "write_proj"] if config.recurrence == "sequential" else []
+        self._keep_in_fp32_modules = names
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
