@@ -2,19 +2,15 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import snapshot_download
 
 from memzoo.hub_cards.bundle import bundle
 from memzoo.hub_cards.card import render_card
 from memzoo.hub_cards.checks import check_folder
+from memzoo.modeling.publish import connection, publish
 
-HTTP_ERROR: Any = HfHubHTTPError.__bases__[0]  # of the HTTP client, which depends on the version of huggingface_hub
 # what belongs to a model; checkpoints, optimizers and logs of a training run stay at home
 PUBLISHED = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.png", "*.yaml", "*.py", "README.md")
 
@@ -61,13 +57,7 @@ def push(
             bundle(stage)
         if not (stage / "README.md").is_file() and not (stage / "memory.json").is_file():
             render_card(stage, repo_id, license).save(stage / "README.md")
-        api = HfApi(token=token)
-        with _connection():
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            if revision is not None:
-                api.create_branch(repo_id, branch=revision, exist_ok=True)
-            commit = api.upload_folder(folder_path=stage, repo_id=repo_id, revision=revision, commit_message=message)
-    return str(commit.commit_url)
+        return publish(stage, repo_id, message, private, revision, token)
 
 
 def pull(repo_id: str, folder: str | Path, *, revision: str | None = None, token: str | None = None) -> Path:
@@ -83,7 +73,7 @@ def pull(repo_id: str, folder: str | Path, *, revision: str | None = None, token
     allowed = [pattern for pattern in PUBLISHED if pattern != "*.py"]
     with tempfile.TemporaryDirectory(dir=folder.resolve().parent) as scratch:
         arrived = Path(scratch) / "arrived"
-        with _connection():
+        with connection():
             snapshot_download(repo_id, revision=revision, token=token, local_dir=arrived, allow_patterns=allowed)
         shutil.rmtree(arrived / ".cache", ignore_errors=True)
         check_folder(arrived)
@@ -91,19 +81,3 @@ def pull(repo_id: str, folder: str | Path, *, revision: str | None = None, token
             folder.rmdir()
         arrived.rename(folder)
     return folder
-
-
-@contextmanager
-def _connection() -> Iterator[None]:
-    """Errors of the connection as ConnectionError: the client has several kinds, and wraps them in RuntimeError."""
-    try:
-        yield
-    except OSError:  # the Hub's own answers are among these
-        raise
-    except Exception as error:
-        cause = error.__cause__ or error
-        if not isinstance(cause, HTTP_ERROR):
-            raise
-        raise ConnectionError(
-            f"the connection to the Hub broke ({cause}); nothing is half visible, run the same again"
-        ) from error

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -23,6 +22,7 @@ from transformers import GenerationMixin, PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from memzoo.modeling.configuration import MemoryModelConfig
+from memzoo.modeling.publish import publish
 
 SNAPSHOT_FORMAT = 1
 SNAPSHOT_WEIGHTS = "memory.safetensors"
@@ -256,16 +256,9 @@ class MemoryCache(Cache):
 
         `memzoo pull`, or `huggingface_hub.snapshot_download`, brings it back as a folder for `from_pretrained`.
         """
-        api = HfApi(token=token)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            if revision is not None:
-                api.create_branch(repo_id, branch=revision, exist_ok=True)
-            done = api.upload_folder(
-                folder_path=folder, repo_id=repo_id, revision=revision, commit_message="A memory, by memzoo"
-            )
-        return str(done.commit_url)
+            return publish(folder, repo_id, "A memory, by memzoo", private, revision, token)
 
     @classmethod
     def from_pretrained(

@@ -1,29 +1,18 @@
 """A routed read as torch.library operators, so that torch.compile and torch.export see one node with a gradient."""
 
-import importlib
-import importlib.util
 import os
-import warnings
-from functools import cache
 
 import torch
 from torch import Tensor
 
+from memzoo.kernels.available import has_triton
 from memzoo.kernels.bank_attention import chunked
-
-
-@cache
-def _triton_is_installed() -> bool:
-    found = importlib.util.find_spec("triton") is not None
-    if not found:
-        warnings.warn("Triton is not installed: bank_attention runs on CUDA through torch operators", stacklevel=5)
-    return found
 
 
 def choose(implementation: str, device: str) -> str:
     """The name of the module that computes, from the caller's wish and the device."""
     if implementation == "auto":
-        return "triton" if device == "cuda" and _triton_is_installed() else "chunked"
+        return "triton" if device == "cuda" and has_triton("bank_attention") else "chunked"
     if implementation not in ("chunked", "triton"):
         raise ValueError(f"implementation must be auto, reference, chunked or triton, not {implementation!r}")
     if implementation == "triton" and device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -32,7 +21,9 @@ def choose(implementation: str, device: str) -> str:
 
 
 def _triton():
-    return importlib.import_module("memzoo.kernels.bank_attention.triton")
+    from memzoo.kernels.bank_attention import triton
+
+    return triton
 
 
 @torch.library.custom_op("memzoo::bank_attention", mutates_args=())

@@ -12,15 +12,13 @@ Only what feeds the next chunk runs chunk by chunk; the reads run for a segment 
 (`backward.py`) the states at segment starts and the pre-activations are kept, the rest is recomputed.
 """
 
-import importlib.util
-import warnings
-from functools import cache
 from itertools import chain
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from memzoo.kernels.available import has_triton
 from memzoo.kernels.neural_memory.activation import ACTIVATIONS
 from memzoo.kernels.neural_memory.backward import Options, sequence_backward
 from memzoo.kernels.neural_memory.coefficients import coefficients, flush_
@@ -42,11 +40,7 @@ def ending(ends: Tensor, C: int) -> dict[int, list[int]]:
     return groups
 
 
-@cache
-def _triton() -> ModuleType | None:
-    if importlib.util.find_spec("triton") is None:
-        warnings.warn("Triton is not installed: neural_memory runs on CUDA through torch operators", stacklevel=4)
-        return None
+def _triton() -> ModuleType:
     from memzoo.kernels.neural_memory import triton
 
     return triton
@@ -83,9 +77,10 @@ def neural_memory_chunked(
     c = coefficients(gates, mask)
     mix, end, (read_start, inside) = c.mix(), c.end(), c.read(own_write)
     size = pieces[0][1]  # chunks in a segment
-    if k.is_cuda and _triton() and _triton().fits(k, v, L, clip, threshold):
+    triton = _triton() if k.is_cuda and has_triton("neural_memory") else None
+    if triton is not None and triton.fits(k, v, L, clip, threshold):
         factors = (read_start, inside * theta[:, None], end * theta[..., None], mix)
-        y, last, final, kept, err = _triton().forward(q, k, target, *factors, *state, *start, ends, size, save)
+        y, last, final, kept, err = triton.forward(q, k, target, *factors, *state, *start, ends, size, save)
         return y + q if residual else y, [last], [final], [kept, err, c.D, c.P] if save else []
     widths = [x.shape[1] for x in start]
     kept = [x.new_empty(len(pieces) + 1 if save else 2, *x.shape) for x in state]  # states at segment starts

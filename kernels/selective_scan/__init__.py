@@ -4,15 +4,13 @@
 `fused` (CPU, when Numba is installed), `triton` (CUDA), `chunked` (torch operators, everywhere else).
 """
 
-import importlib.util
 import os
-import warnings
-from functools import cache
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from memzoo.kernels.available import has_triton
 from memzoo.kernels.selective_scan import fused, reference
 from memzoo.kernels.selective_scan.common import ScanInputs, check_inputs, compute_dtype
 from memzoo.kernels.selective_scan.conv import causal_conv1d, causal_conv1d_update
@@ -79,7 +77,7 @@ def _single_step(inputs: ScanInputs) -> tuple[Tensor, Tensor]:
 def _choose(implementation: str, device: str) -> str:
     if implementation == "auto":
         if device == "cuda":
-            return "triton" if _has_triton() else "chunked"
+            return "triton" if has_triton("selective_scan") else "chunked"
         return "fused" if device == "cpu" and fused.is_available() else "chunked"
     if implementation not in ("reference", "chunked", "fused", "triton"):
         raise ValueError(f"implementation must be auto, reference, chunked, fused or triton, got {implementation!r}")
@@ -88,16 +86,3 @@ def _choose(implementation: str, device: str) -> str:
     if implementation == "triton" and device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("implementation='triton' needs CUDA tensors (or TRITON_INTERPRET=1)")
     return implementation
-
-
-@torch.compiler.assume_constant_result
-def _has_triton() -> bool:
-    return _triton_is_installed()
-
-
-@cache
-def _triton_is_installed() -> bool:
-    found = importlib.util.find_spec("triton") is not None
-    if not found:
-        warnings.warn("Triton is not installed: selective_scan runs on CUDA through torch operators", stacklevel=5)
-    return found

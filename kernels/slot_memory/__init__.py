@@ -5,14 +5,12 @@ attention on a GPU. `memzoo.kernels.transport_slots` is another way to write: to
 assigned to slots by optimal transport.
 """
 
-import importlib.util
-import warnings
-from functools import cache
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from memzoo.kernels.available import has_triton
 from memzoo.kernels.slot_memory.chunked import slot_memory_chunked
 from memzoo.kernels.slot_memory.reference import slot_memory as reference
 from memzoo.kernels.slot_memory.step import slot_memory_step, slot_weights
@@ -101,24 +99,13 @@ def slot_memory(
         elif implementation == "auto" and q.shape[2] == 1:
             out = slot_memory_step(*tokens, *slots, write, mask, added, **options, entropy=return_entropy)
         else:
-            if implementation == "triton" or (implementation == "auto" and q.is_cuda and _has_triton()):
-                options["attention"] = importlib.import_module("memzoo.kernels.slot_memory.triton").triton_attention
+            if implementation == "triton" or (implementation == "auto" and q.is_cuda and has_triton("slot_memory")):
+                from memzoo.kernels.slot_memory.triton import triton_attention
+
+                options["attention"] = triton_attention
             out = slot_memory_chunked(*tokens, *slots, write, mask, added, **options, entropy=return_entropy)
     read, peak, entropy, *slots = out
     return SlotRead(read.to(v.dtype), peak.to(v.dtype), entropy if return_entropy else None), SlotState(*slots)
-
-
-@torch.compiler.assume_constant_result
-def _has_triton() -> bool:
-    return _triton_is_installed()
-
-
-@cache
-def _triton_is_installed() -> bool:
-    found = importlib.util.find_spec("triton") is not None
-    if not found:
-        warnings.warn("Triton is not installed: slot_memory runs on CUDA through torch operators", stacklevel=5)
-    return found
 
 
 def _check(q, k, v, state, write, mask, strength, rate, decay, top_k) -> None:

@@ -61,16 +61,27 @@ def test_every_family_loads_without_memzoo(tmp_path, missing):
             assert torch.equal(logits, expected[folder])
 
 
-def test_flat_files_import_nothing_of_memzoo_and_are_complete():
-    files = flatten(["memzoo.modeling.maru.modeling_maru"])
-    assert {"modeling_maru", "configuration_maru", "cache", "kernel_selective_scan"} <= files.keys()
+@pytest.mark.parametrize("family", memzoo._FAMILIES)
+def test_flat_files_import_nothing_of_memzoo_and_are_complete(family):
+    files = flatten([f"memzoo.modeling.{family}.modeling_{family}"])
+    assert {f"modeling_{family}", f"configuration_{family}", "cache"} <= files.keys()
     for name, source in files.items():
+        assert "import_module(" not in source, f"{name} imports by a name that is not rewritten"
         for line in source.splitlines():
             words = line.split()
             if words[:1] in (["from"], ["import"]) and len(words) > 1:
                 assert not words[1].startswith("memzoo"), f"{name}: {line}"
                 if words[1].startswith("."):
                     assert words[1][1:] in files, f"{name}: {line}"
+
+
+def test_the_fast_forms_come_along():
+    assert {"kernel_selective_scan", "kernel_selective_scan_triton"} <= flatten(
+        ["memzoo.modeling.maru.modeling_maru"]
+    ).keys()
+    dual = flatten(["memzoo.modeling.dual_memory.modeling_dual_memory"])
+    bank = flatten(["memzoo.modeling.memory_bank_transformer.modeling_memory_bank_transformer"])
+    assert "kernel_slot_memory_triton" in dual and "kernel_bank_attention_triton" in bank
 
 
 def test_names_are_flat_and_do_not_collide():

@@ -1,10 +1,5 @@
 """Bank attention's Triton kernels without a GPU: run by the interpreter on tiny shapes, and compiled for sm_90."""
 
-import os
-import subprocess
-import sys
-import textwrap
-
 import pytest
 import torch
 
@@ -76,19 +71,11 @@ COMPILED = """
 """
 
 
-def run(program: str, **environment: str) -> str:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
-    command = [sys.executable, "-P", "-c", textwrap.dedent(program)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-4000:]
-    return result.stdout.strip()
-
-
-def test_interpreted_kernels_agree_with_the_reference():
+def test_interpreted_kernels_agree_with_the_reference(run):
     assert run(INTERPRETED, TRITON_INTERPRET="1") == "agrees"
 
 
-def test_compiles_for_sm_90_without_a_gpu(tmp_path):
+def test_compiles_for_sm_90_without_a_gpu(tmp_path, run):
     assert run(COMPILED, TRITON_CACHE_DIR=str(tmp_path)) == "compiles"
 
 

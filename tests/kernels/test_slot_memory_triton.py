@@ -1,14 +1,9 @@
 """The slot attention's Triton kernels without a GPU: run by the interpreter on tiny shapes, and compiled for sm_90."""
 
-import os
-import subprocess
-import sys
-import textwrap
-
 import pytest
 import torch
 
-from memzoo.kernels import slot_memory as package
+from memzoo.kernels import available
 from memzoo.kernels.slot_memory import empty_slots, slot_memory
 
 pytest.importorskip("triton")
@@ -64,31 +59,23 @@ COMPILED = """
 """
 
 
-def run(program: str, **environment: str) -> str:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
-    command = [sys.executable, "-P", "-c", textwrap.dedent(program)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-4000:]
-    return result.stdout.strip()
-
-
-def test_interpreted_forward_and_backward_agree_with_torch():
+def test_interpreted_forward_and_backward_agree_with_torch(run):
     assert run(INTERPRETED, TRITON_INTERPRET="1") == "agrees"
 
 
-def test_compiles_for_sm_90_without_a_gpu(tmp_path):
+def test_compiles_for_sm_90_without_a_gpu(tmp_path, run):
     assert run(COMPILED, TRITON_CACHE_DIR=str(tmp_path)) == "compiles"
 
 
 def test_without_triton_cuda_takes_torch_operators_and_warns_once(monkeypatch):
-    monkeypatch.setattr(package.importlib.util, "find_spec", lambda name: None)
-    package._triton_is_installed.cache_clear()
+    monkeypatch.setattr(available.importlib.util, "find_spec", lambda name: None)
+    available.find_triton.cache_clear()
     try:
         with pytest.warns(UserWarning, match="Triton is not installed") as caught:
-            assert [package._has_triton() for _ in range(3)] == [False] * 3
+            assert [available.has_triton("slot_memory") for _ in range(3)] == [False] * 3
         assert len(caught) == 1
     finally:
-        package._triton_is_installed.cache_clear()
+        available.find_triton.cache_clear()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
