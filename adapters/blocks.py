@@ -3,10 +3,9 @@
 Both take the residual stream x [B, T, D], normalise it without parameters, and return what is added to it.
 """
 
-from math import gcd
 from typing import Any
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
 from memzoo.adapters.config import MemoryConfig
@@ -21,6 +20,24 @@ def build_bank(config: MemoryConfig, hidden_size: int) -> MemoryBank:
     config.width(hidden_size)
     rank = None if config.bank_type == "standard" else config.bank_rank
     return MemoryBank(config.num_memory_tokens, hidden_size, config.bank_type, rank, config.num_chapters)
+
+
+class Normalize(torch.autograd.Function):
+    """x / sqrt(mean x^2 + eps) over the last axis, with a backward of three passes: `rms_norm` has ten on a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+        factor = square.square_().div_(x.shape[-1]).add_(EPS).rsqrt_().to(x.dtype)
+        y = x * factor
+        ctx.save_for_backward(y, factor)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        y, factor = ctx.saved_tensors
+        along = torch.linalg.vecdot(grad, y)[..., None].div_(y.shape[-1])
+        return torch.addcmul(grad, y, along, value=-1).mul_(factor)
 
 
 class MemoryBlock(nn.Module):
@@ -38,7 +55,7 @@ class MemoryBlock(nn.Module):
         x = x if x.ndim == 3 else x.reshape(-1, 1, shape[-1])
         move = compaction(real, x.shape[0], x.shape[1], 0) if self.stateful else None
         mask = move.mask if move is not None else None if self.stateful else real
-        h = F.rms_norm(x.to(dtype), x.shape[-1:], eps=EPS)
+        h = Normalize.apply(x.to(dtype))
         h = h if move is None else move.apply(h)
         y, state, logits = self.read(h, bank, state, mask, prompt_lengths)
         y = y if move is None else move.undo(y)
@@ -49,20 +66,16 @@ class MemoryBlock(nn.Module):
 
 
 class BankBlock(MemoryBlock):
-    """softmax(Q K' / sqrt(dh)) V W_o over a bank's tokens, with W_o = 0 at the start.
-
-    Up to eight query heads share a head of keys and values, so that projecting and reading the bank cost an eighth.
-    """
+    """softmax(Q K' / sqrt(dh)) V W_o over a bank's tokens, with W_o = 0 at the start."""
 
     def __init__(self, config: MemoryConfig, hidden_size: int, own_bank: bool) -> None:
         super().__init__()
         self.stateful = config.num_chapters > 1 and config.routing != "token"
-        heads = config.num_heads
         self.memory = MemoryRead(
             hidden_size,
             config.width(hidden_size),
-            heads,
-            heads // gcd(heads, 8),
+            config.num_heads,
+            config.key_value_heads(),
             config.num_chapters,
             config.routing,
             config.top_k_chapters,

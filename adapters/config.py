@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
+from math import gcd
 from typing import Any, Literal, get_args, get_origin
 
 from peft import LoraConfig, PeftConfig
@@ -82,8 +83,9 @@ class MemoryConfig(PeftConfig):
     bank_rank: int = field(
         default=64, metadata=_help("Rank of factorized, width of reduced banks and of reduced neural memories.")
     )
-    num_heads: int = field(
-        default=8, metadata=_help("Heads of a memory; up to eight of a bank share keys and values.")
+    num_heads: int = field(default=8, metadata=_help("Heads of a memory."))
+    num_key_value_heads: int | None = field(
+        default=None, metadata=_help("Heads of a bank's keys and values; None: one for every eight of num_heads.")
     )
     dropout: float = field(default=0.0, metadata=_help("On what is read, while training."))
     num_chapters: int = field(
@@ -126,8 +128,8 @@ class MemoryConfig(PeftConfig):
             if get_origin(option.type) is Literal and value not in choices:
                 raise ValueError(f"{option.name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
         counts = ("num_memory_tokens", "bank_rank", "num_heads", "placement_k", "group_size")
-        for name in (*counts, "num_chapters", "top_k_chapters"):
-            if getattr(self, name) < 1:
+        for name in (*counts, "num_chapters", "top_k_chapters", "num_key_value_heads"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
@@ -152,6 +154,14 @@ class MemoryConfig(PeftConfig):
             raise ValueError("placement='custom' needs layers_to_transform, the numbers of the layers")
         if self.bank_type == "reduced" and self.bank_rank % self.num_heads:
             raise ValueError(f"num_heads {self.num_heads} does not divide bank_rank {self.bank_rank}, the width")
+        if self.num_key_value_heads is not None and self.num_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads {self.num_key_value_heads} does not divide num_heads {self.num_heads}"
+            )
+        if self.memory_type == "neural" and self.num_key_value_heads is not None:
+            raise ValueError(
+                f"num_key_value_heads {self.num_key_value_heads} belongs to banks, not to memory_type 'neural'"
+            )
         if self.memory_type == "neural" and (chapters > 1 or self.sharing != "per_layer"):
             raise ValueError(
                 "a neural memory has no chapters and nothing to share: "
@@ -172,6 +182,10 @@ class MemoryConfig(PeftConfig):
         if width % self.num_heads:
             raise ValueError(f"num_heads {self.num_heads} does not divide the memory's width {width}")
         return width
+
+    def key_value_heads(self) -> int:
+        """Of a bank. By default up to eight query heads share one, so that projecting the bank costs an eighth."""
+        return self.num_key_value_heads or self.num_heads // gcd(self.num_heads, 8)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON wants it, lora_config nested."""

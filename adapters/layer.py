@@ -5,6 +5,7 @@ methods, and modules that they refer to are kept in tuples: `deepcopy` makes a m
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any
 
@@ -124,6 +125,18 @@ def _add(loss: Tensor, losses: Iterable[Tensor], share: Tensor | float) -> Tenso
     return loss
 
 
+@dataclass
+class _Now:
+    """What the hooks of a layer tell one another within a call. In an object of its own, since setting an attribute of
+    a module takes longer than all else they do.
+    """
+
+    call: Call = field(default_factory=Call)
+    later: list[str] = field(default_factory=list)  # adapters of variant B
+    x: Tensor | None = None
+    m: Tensor | None = None
+
+
 class MemoryLayer(nn.Module, _OnBase):
     """The memories of all adapters in one decoder layer.
 
@@ -145,9 +158,7 @@ class MemoryLayer(nn.Module, _OnBase):
         self.index, host.count = host.count, host.count + 1
         beside = [module for module in (entry, exit, layer) if next(module.parameters(), None) is not None]
         self._beside, self._host = tuple(beside), (host,)
-        self._call = Call()
-        self._x: Tensor | None = None
-        self._m: Tensor | None = None
+        self._now = _Now()
         # A checkpointed layer computes its `forward` again, not its hooks: those of its parts run then too.
         attention = [part for part in layer.children() if "attention_mask" in signature(part.forward).parameters]
         self._handles = [
@@ -163,55 +174,55 @@ class MemoryLayer(nn.Module, _OnBase):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _attend(self, attention: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        self._call = Call.of(kwargs)
-        if self._call.prompt_lengths is not None:  # ours; attention functions do not know it
+        self._now.call = call = Call.of(kwargs)
+        if call.prompt_lengths is not None:  # ours; attention functions do not know it
             return args, {name: value for name, value in kwargs.items() if name != "prompt_lengths"}
         return None
 
     def _enter(self, entry: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         x, *rest = args
-        self._x = x if self._reading("B") else None
-        self._m = self._read("A", x)
-        return None if self._m is None else (x + self._m, *rest)
+        now, names = self._now, self._reading()
+        now.later = [name for name in names if self.configs[name].block_variant == "B"]
+        now.x = x if now.later else None
+        now.m = self._read([name for name in names if name not in now.later], x)
+        return None if now.m is None else (x + now.m, *rest)
 
     def _leave(self, exit: nn.Module, args: Any, output: Any) -> Any:
         y = output[0] if isinstance(output, tuple) else output
-        x, m = self._x, self._m
-        self._x = self._m = None
-        y = y if m is None else y + m
-        if x is not None:
-            y = y + self._read("B", x + y)
-        self._call = Call()
+        now = self._now
+        if now.m is not None:
+            y = y + now.m
+        if now.x is not None:
+            y = y + self._read(now.later, now.x + y)
+        now.call, now.x, now.m = Call(), None, None
         return (y, *output[1:]) if isinstance(output, tuple) else y
 
-    def _reading(self, variant: str) -> list[str]:
-        """The active adapters of a variant that have a memory here."""
-        if self.disable_adapters:
-            return []
-        names = [name for name in self.active_adapters if name in self.memzoo_blocks]
-        return [name for name in names if self.configs[name].block_variant == variant]
+    def _reading(self) -> list[str]:
+        """The active adapters that have a memory here."""
+        blocks = self.memzoo_blocks
+        return [] if self.disable_adapters else [name for name in self.active_adapters if name in blocks]
 
-    def _read(self, variant: str, x: Tensor) -> Tensor | None:
-        """What the memories of a variant add to x; None if there is none."""
+    def _read(self, names: list[str], x: Tensor) -> Tensor | None:
+        """What the memories of these adapters add to x; None if there is none."""
         total = None
-        for adapter in self._reading(variant):
-            m = self._read_one(adapter, x)
+        for name in names:
+            m = self._read_one(name, x)
             total = m if total is None else total + m
         return total
 
     def _read_one(self, adapter: str, x: Tensor) -> Tensor:
-        host, block, group = self._host[0], self.memzoo_blocks[adapter], self.groups[adapter]
+        host, block, group, call = self._host[0], self.memzoo_blocks[adapter], self.groups[adapter], self._now.call
         bank = None if group is None else host.bank(adapter, group)
         own, state, real = {}, None, None
         # pads count for nothing in what is pooled over tokens and in the routers' losses
         if x.ndim == 3 and (block.stateful or (self.training and self.configs[adapter].num_chapters > 1)):
-            real = self._call.real(*x.shape[:2])
-        if block.stateful and (state := self._call.state(self.index, host.count, host.num_layers)) is not None:
+            real = call.real(*x.shape[:2])
+        if block.stateful and (state := call.state(self.index, host.count, host.num_layers)) is not None:
             own = state.of(adapter, x.shape[0])
-        m, new, logits = block(x, bank, own, real, self._call.prompt_lengths)
+        m, new, logits = block(x, bank, own, real, call.prompt_lengths)
         if state is not None:
-            state.put(adapter, new, 0 if self._call.counted else x.shape[1])
-            self._call.counted = True
+            state.put(adapter, new, 0 if call.counted else x.shape[1])
+            call.counted = True
         if logits is not None:
             host.collect(adapter, logits, block.memory.router.halves)
         return m

@@ -91,8 +91,8 @@ def routed(q, k, v, chapters, log_weights, size, shared, *args, out_shape=None, 
 
 
 def routed_backward(grad, q, k, v, chapters, log_weights, out, lse, size, shared, *args, out_shape=None, **kwargs):
-    """Five, and two for the router's own gradient."""
-    return 14 * q[0] * q[1] * q[2] * (chapters[1] * size + shared)
+    """Five: the logits again, and the gradients of values, probabilities, keys and queries."""
+    return 10 * q[0] * q[1] * q[2] * (chapters[1] * size + shared)
 
 
 def flops(step) -> int:

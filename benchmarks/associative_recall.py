@@ -36,11 +36,12 @@ TRAINING = {
 }
 
 
-def accuracy(memory_num_banks: int, task: RecallTask, seed: int, steps: int) -> float:
+def accuracy(recurrence: str, memory_num_banks: int, task: RecallTask, seed: int, steps: int) -> float:
     """Held-out accuracy after training; the answer by chance is 1 / num_values."""
     with tempfile.TemporaryDirectory() as folder:
         set_seed(seed)
-        config = MaruConfig(**MODEL, memory_num_banks=memory_num_banks, vocab_size=task.vocab_size)
+        memory = {"recurrence": recurrence, "memory_num_banks": memory_num_banks}
+        config = MaruConfig(**MODEL, **memory, vocab_size=task.vocab_size)
         trainer = task_trainer(
             MaruForCausalLM(config), task, seed, folder, eval_size=512, max_steps=steps, eval_strategy="no", **TRAINING
         )
@@ -53,6 +54,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--recurrence", choices=["parallel", "sequential"], default="parallel")
     args = parser.parse_args()
     print(f"accuracy on the answers after {args.steps} steps, mean (lowest-highest) of {args.seeds} seeds\n")
     print("| pairs | chance | memory off | memory on (4 banks) |\n|---|---|---|---|", flush=True)
@@ -61,7 +63,7 @@ def main() -> None:
         cells = []
         for banks in (0, 4):
             with contextlib.redirect_stdout(sys.stderr):  # Trainer's log
-                scores = [accuracy(banks, task, seed, args.steps) for seed in range(args.seeds)]
+                scores = [accuracy(args.recurrence, banks, task, seed, args.steps) for seed in range(args.seeds)]
             cells.append(f"{statistics.mean(scores):.2f} ({min(scores):.2f}-{max(scores):.2f})")
         print(f"| {pairs} | {1 / task.num_values:.2f} | {cells[0]} | {cells[1]} |", flush=True)
 

@@ -34,37 +34,43 @@ def build(fields: dict, args: argparse.Namespace, window: int) -> TitanMacForCau
         sliding_window=window,
         memory_chunk_size=args.chunk,
         memory_depth=args.depth,
+        memory_expansion=args.expansion,
         **fields,
     )
     return TitanMacForCausalLM(config)
 
 
 def step(
-    model: TitanMacForCausalLM, ids: torch.Tensor, optimizer: torch.optim.Optimizer | None
+    model: TitanMacForCausalLM, ids: torch.Tensor, optimizer: torch.optim.Optimizer | None, dtype: torch.dtype
 ) -> tuple[float, float]:
     """Wall and CPU seconds of forward + backward (+ update)."""
     wall, cpu = time.perf_counter(), time.process_time()
-    model(ids, labels=ids).loss.backward()
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        loss = model(ids, labels=ids).loss
+    loss.backward()
     if optimizer is not None:
         optimizer.step()
     model.zero_grad()
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def best(models: dict, ids: dict, rounds: int, train: bool) -> dict:
+def best(models: dict, ids: dict, args: argparse.Namespace, train: bool) -> dict:
     """{name: (wall, cpu)} of each model on its ids, the least of the rounds after the first."""
-    optimizers = {name: torch.optim.AdamW(m.parameters(), lr=1e-4) if train else None for name, m in models.items()}
+    dtype = getattr(torch, args.dtype)
+    optimizers = {}
+    for name, model in models.items():
+        optimizers[name] = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True) if train else None
     times: dict = {name: [] for name in models}
-    for _ in range(rounds + 1):
+    for _ in range(args.rounds + 1):
         for name, model in models.items():
-            times[name].append(step(model, ids[name], optimizers[name]))
+            times[name].append(step(model, ids[name], optimizers[name], dtype))
     return {name: tuple(min(x) for x in zip(*rows[1:])) for name, rows in times.items()}
 
 
 def speed(args: argparse.Namespace) -> None:
     ids = torch.randint(3, args.vocab, (args.batch, args.time))
     models = {name: build(fields, args, args.window) for name, fields in VARIANTS.items()}
-    times = best(models, dict.fromkeys(models, ids), args.rounds, train=True)
+    times = best(models, dict.fromkeys(models, ids), args, train=True)
     print("| model | tokens/s | tokens/s of CPU time | parameters |\n|---|---|---|---|")
     for name, (wall, cpu) in times.items():
         size = models[name].num_parameters() / 1e6
@@ -76,7 +82,7 @@ def growth(args: argparse.Namespace) -> None:
     for name, fields in VARIANTS.items():
         model = build(fields, args, 256)
         ids = {T: torch.randint(3, args.vocab, (1, T)) for T in (2048, 8192)}
-        times = best(dict.fromkeys(ids, model), ids, args.rounds, train=False)
+        times = best(dict.fromkeys(ids, model), ids, args, train=False)
         short, long = times[2048][1], times[8192][1]
         print(f"| {name} | {short:.2f} | {long:.2f} | {long / short:.2f} |", flush=True)
 
@@ -89,6 +95,8 @@ def main() -> None:
     parser.add_argument("--ffn", type=int, help="width of the feed-forward layer; 4 dim when absent")
     parser.add_argument("--chunk", type=int, default=64)
     parser.add_argument("--depth", type=int, default=2)
+    parser.add_argument("--expansion", type=float, default=2.0)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16 is autocast")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()

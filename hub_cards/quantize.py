@@ -1,16 +1,18 @@
-"""Models in 8 or 4 bits (bitsandbytes), with what that saves and what it costs."""
+"""Models in 8 or 4 bits (bitsandbytes, torchao), with what that saves and what it costs."""
 
+import importlib.util
+import re
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 
 from memzoo.training.evaluate import evaluate_documents
 
-BLOCK = 32  # bitsandbytes' 4-bit products on the CPU need outputs in multiples of this
-Kind = Literal["int8", "nf4", "fp4"]
+INPUTS, OUTPUTS = 64, 32  # bitsandbytes' 4-bit products on the CPU need multiples of these
+Kind = Literal["int8", "nf4", "fp4", "torchao-int8"]
 
 
 class Quantized(NamedTuple):
@@ -37,40 +39,56 @@ def quantize(
     Embeddings, norms, the head and what the memory's kernels read as matrices stay as they are.
 
     Args:
-        kind: "int8" (LLM.int8, arXiv 2208.07339), "nf4" or "fp4" (QLoRA, arXiv 2305.14314, section 3).
+        kind: "int8" (LLM.int8, arXiv 2208.07339), "nf4" or "fp4" (QLoRA, arXiv 2305.14314, section 3), all three of
+            bitsandbytes; "torchao-int8": only the weights in 8 bits, a scale for each output.
         documents: texts to measure bits per byte on, before and after.
 
     Raises:
-        ImportError: bitsandbytes is missing. ValueError: no such kind, or the model is quantized already.
+        ImportError: the library is missing. ValueError: no such kind, or the model is quantized already.
     """
-    if kind not in ("int8", "nf4", "fp4"):
-        raise ValueError(f"there is no kind {kind!r}; the kinds are int8, nf4 and fp4")
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        raise ImportError("bitsandbytes is not installed; pip install 'memzoo[bitsandbytes]'") from error
+    if kind not in get_args(Kind):
+        raise ValueError(f"there is no kind {kind!r}; the kinds are {', '.join(get_args(Kind))}")
+    library = "torchao" if kind == "torchao-int8" else "bitsandbytes"
+    if importlib.util.find_spec(library) is None:
+        raise ImportError(f"{library} is not installed; pip install 'memzoo[{library}]'")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError(f"{folder} is quantized already; start from the model in full precision")
     before = model.get_memory_footprint(), _bits(model, tokenizer, documents)
-    config: dict[str, Any] = {"llm_int8_skip_modules": _left_alone(model, kind)}
-    config |= {"load_in_8bit": True} if kind == "int8" else {
-        "load_in_4bit": True, "bnb_4bit_quant_type": kind, "bnb_4bit_compute_dtype": torch.float32
-    }  # fmt: skip
-    small = AutoModelForCausalLM.from_pretrained(folder, quantization_config=BitsAndBytesConfig(**config))
-    after = small.get_memory_footprint(), _bits(small, tokenizer, documents)
+    small = AutoModelForCausalLM.from_pretrained(folder, quantization_config=_config(kind, _left_alone(model, kind)))
+    bits = _bits(small, tokenizer, documents)
     small.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    return Quantized(before[0], after[0], before[1], after[1])
+    size = sum(file.stat().st_size for file in Path(out).glob("*.safetensors"))  # its tensors do not tell their size
+    return Quantized(before[0], size, before[1], bits)
 
 
-def _left_alone(model: nn.Module, kind: Kind) -> list[str]:
-    """Layers that stay as they are: the head, and for 4 bits those whose width the CPU's products cannot take."""
+def _config(kind: Kind, left_alone: list[str]) -> Any:
+    if kind == "torchao-int8":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        return TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=left_alone)
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=left_alone)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_compute_dtype=torch.float32,
+        llm_int8_skip_modules=left_alone,
+    )
+
+
+def _left_alone(model: PreTrainedModel, kind: Kind) -> list[str]:
+    """Layers that stay as they are: the head, what the model says that its kernels read (torchao does not ask the
+    model), and for 4 bits those whose width the CPU's products cannot take.
+    """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    kept = re.compile(rf"(.*\.)?({'|'.join(['lm_head', *(model._keep_in_fp32_modules or [])])})")
     return [
         name
         for name, module in layers.items()
-        if name.endswith("lm_head") or (kind != "int8" and (module.out_features % BLOCK or module.in_features % BLOCK))
+        if kept.fullmatch(name)
+        or (kind in ("nf4", "fp4") and (module.in_features % INPUTS or module.out_features % OUTPUTS))
     ]
 
 

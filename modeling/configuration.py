@@ -27,8 +27,7 @@ class MemoryModelConfig(PreTrainedConfig):
             setattr(self, name, kwargs.pop(name))
 
     def __post_init__(self, **kwargs: Any) -> None:
-        own = {name for name in self.__dataclass_fields__ if name not in PreTrainedConfig.__dataclass_fields__}
-        known = own | set(self.attribute_map)
+        known = {*self.own_fields(), *self.attribute_map}
         inherited = set(PreTrainedConfig.__dataclass_fields__)
         for name in kwargs:
             if name in known or name in inherited or name.startswith("_"):
@@ -37,6 +36,10 @@ class MemoryModelConfig(PreTrainedConfig):
             if close:
                 raise ValueError(f"{type(self).__name__} has no field {name!r}; did you mean {close[0]!r}?")
         super().__post_init__(**kwargs)
+
+    def own_fields(self) -> list[str]:
+        """The fields that the family adds to transformers' own."""
+        return [name for name in self.__dataclass_fields__ if name not in PreTrainedConfig.__dataclass_fields__]
 
     def at_least_one(self, *names: str) -> None:
         """Refuse fields below 1."""
@@ -55,9 +58,8 @@ class MemoryModelConfig(PreTrainedConfig):
 
     def memory_fields(self) -> dict[str, Any]:
         """The family's own fields, those that a memory state depends on, as plain JSON values."""
-        inherited = PreTrainedConfig.__dataclass_fields__
-        names = [name for name in self.__dataclass_fields__ if name not in inherited]
-        fields = {name: getattr(self, name) for name in names if name not in self.memory_fingerprint_ignore}
+        names = [name for name in self.own_fields() if name not in self.memory_fingerprint_ignore]
+        fields = {name: getattr(self, name) for name in names}
         return {"model_type": self.model_type, **json.loads(json.dumps(fields, default=str))}
 
     def memory_fingerprint(self) -> str:

@@ -9,6 +9,7 @@ W_k', M W_v' of the bank M; W_o = 0 at the start, so a model with a new memory c
 used by the `memory_bank_transformer` family and by the PEFT adapter.
 """
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -155,6 +156,21 @@ class LowRankLinear(nn.Module):
         return self.up(self.down(x))
 
 
+def _stamp(x: Tensor) -> tuple[int, int]:
+    return x._version, x.data_ptr()
+
+
+def _parts(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any, tuple[int, int] | None]]:
+    """Everything that a module computes with: which dict holds it, by what name, and the stamp of a tensor.
+
+    Looking these up again takes a third of what `parameters()` does, at every layer and token.
+    """
+    for child in module.modules():
+        yield from ((child._modules, name, x, None) for name, x in child._modules.items())
+        for found in (child._parameters, child._buffers):
+            yield from ((found, name, x, _stamp(x)) for name, x in found.items() if x is not None)
+
+
 class MemoryRead(nn.Module):
     """x [B, T, D] -> [B, T, D], what each token reads from a bank.
 
@@ -227,7 +243,7 @@ class MemoryRead(nn.Module):
             routed = num_chapters - num_shared_chapters
             options = (routing, block_size, normalize_weights, product_keys)
             self.router = ChapterRouter(hidden_size, routed, top_k_chapters, *options)
-        self._cached: tuple[Any, Tensor, Tensor] | None = None
+        self._cached: tuple[MemoryBank, list[Any], Tensor, Tensor] | None = None
 
     @torch.no_grad()
     def init_weights(self, std: float) -> None:
@@ -264,7 +280,8 @@ class MemoryRead(nn.Module):
         else:
             k, v, count, chapters = self._keys_values(bank, chapters)
             out = bank_attention(q, k, v, chapters, log_weights, count, self.num_shared, self.mixing)
-        return self.dropout(self.o_proj(out.flatten(-2))), new_state, logits
+        out = self.o_proj(out.flatten(-2))
+        return self.dropout(out) if self.training else out, new_state, logits
 
     def _check(self, bank: MemoryBank) -> None:
         if bank.width != self.width:
@@ -291,26 +308,28 @@ class MemoryRead(nn.Module):
 
     def _project(self, bank: MemoryBank, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Stored rows [n, w] -> k, v [Hk, n, dh]."""
-        weights = (bank.fold(proj.weight) for proj in (self.k_proj, self.v_proj))
-        k, v = (F.linear(rows.to(w.dtype), w).unflatten(1, (self.kv_heads, -1)).transpose(0, 1) for w in weights)
-        return k.contiguous(), v.contiguous()
+        heads: Any = (self.k_proj.weight, self.v_proj.weight)
+        weight = bank.fold(torch.cat(heads))  # one product, and one of its gradient
+        both = F.linear(rows.to(weight.dtype), weight).unflatten(1, (2, self.kv_heads, -1)).permute(1, 2, 0, 3)
+        k, v = both.to(rows.dtype).contiguous().unbind(0)
+        return k, v
 
     def _cached_keys_values(self, bank: MemoryBank) -> tuple[Tensor, Tensor]:
         """Keys and values in evaluation, kept until a weight is replaced or changed in place.
 
         A change through `.data` is seen only after the next `train()` or `eval()`.
         """
-        tensors = (*bank.parameters(), *bank.buffers(), *self.k_proj.parameters(), *self.v_proj.parameters())
-        if any(x.is_inference() for x in tensors) or torch.is_autocast_enabled(tensors[0].device.type):
-            return self._project(bank, bank.rows())
-        now = [(x, x.data_ptr(), x._version) for x in tensors]
         if self._cached is not None:
-            known, k, v = self._cached
-            if len(known) == len(now) and all(a[0] is b[0] and a[1:] == b[1:] for a, b in zip(known, now)):
+            known, parts, k, v = self._cached
+            same = (of.get(name) is x and (now is None or now == _stamp(x)) for of, name, x, now in parts)
+            if known is bank and not torch.is_autocast_enabled(k.device.type) and all(same):
                 return k, v
         k, v = self._project(bank, bank.rows())
-        if not torch.is_inference_mode_enabled():
-            self._cached = now, k, v
+        tensors = [*bank.parameters(), *bank.buffers(), *self.k_proj.parameters(), *self.v_proj.parameters()]
+        kept = not (torch.is_inference_mode_enabled() or any(x.is_inference() for x in tensors))
+        if kept and not torch.is_autocast_enabled(k.device.type):
+            heads = [(self._modules, name, self._modules[name], None) for name in ("k_proj", "v_proj")]
+            self._cached = bank, [*heads, *(x for m in (bank, self.k_proj, self.v_proj) for x in _parts(m))], k, v
         return k, v
 
     def train(self, mode: bool = True) -> "MemoryRead":

@@ -21,6 +21,7 @@ from memzoo.kernels.memory_gru import MemoryGRUWeights, memory_gru
 from memzoo.kernels.memory_gru.reference import route
 from memzoo.kernels.memory_mingru import MemoryMinGRUWeights, memory_mingru, mingru, split_sizes
 from memzoo.modeling.maru.configuration_maru import MaruConfig
+from memzoo.modeling.untouched import untouched
 
 INITIAL_STRENGTH = 8.0  # of addresses: a softmax over 128 cosines is flat without it
 
@@ -280,6 +281,22 @@ class ParallelMemoryGRU(MemoryCell):
 
     def run_without_banks(self, x: Tensor, h0: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         return mingru(x, h0, mask)
+
+    def weights(self) -> tuple[Tensor, Tensor, MemoryMinGRUWeights, Tensor, dict[str, Any]] | None:
+        """W_x and its bias, the cell's weights, the router's bias and the options: all that decides a token in eval.
+
+        None where it is not all: no banks, an adapter or a hook on a part, a router's temperature other than 1.
+        """
+        parts: dict[str, Any] = self._modules
+        if not (self.num_banks and untouched(parts["x_proj"], nn.Linear) and untouched(parts["gates_c"], nn.Linear)):
+            return None
+        router = parts["router"]
+        out_proj, balance = router._modules["out_proj"], router._modules["balance"]
+        if not untouched(out_proj, nn.Linear) or balance.temperatures[0] != 1 or balance.temperature_decay != 1:
+            return None
+        x_proj, gates_c = parts["x_proj"], parts["gates_c"]
+        weights = MemoryMinGRUWeights(out_proj.weight, out_proj.bias, self.slot_keys, gates_c.weight)
+        return x_proj.weight, x_proj.bias, weights, balance.bias, self.options
 
 
 def _set(bias: Tensor, index: int | slice, value: float) -> None:

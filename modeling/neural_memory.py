@@ -178,8 +178,8 @@ class NeuralMemory(nn.Module):
         """What a memory with these weights holds for queries [B, T, M], projected already: [B, T, M]. No write."""
         q = queries.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         q = F.normalize(q.to(torch.promote_types(q.dtype, torch.float32)), dim=-1)
-        y = neural_memory_read(q, weights, **self.network).to(queries.dtype)
-        return self.norm(y.transpose(1, 2)).flatten(2)
+        y = neural_memory_read(q, weights, **self.network)
+        return self.norm(y.transpose(1, 2)).flatten(2).to(queries.dtype)
 
     @property
     def updates(self) -> bool:

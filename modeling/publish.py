@@ -1,14 +1,17 @@
 """A folder to the Hub, as one commit."""
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 HTTP_ERROR: Any = HfHubHTTPError.__bases__[0]  # of the HTTP client, which depends on the version of huggingface_hub
+TRIES = 6
 
 
 def publish(
@@ -21,6 +24,9 @@ def publish(
 ) -> str:
     """Make the repository and the branch if needed, upload the folder; returns the commit's address.
 
+    All files are in one commit, however many they are: `upload_folder` would make several of many files or after a
+    commit that failed, and half of a model would be visible between them. What has not changed is left out.
+
     Raises:
         ConnectionError: the connection broke, and five more tries with it; nothing is half visible.
     """
@@ -29,20 +35,34 @@ def publish(
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        done = api.upload_folder(folder_path=folder, repo_id=repo_id, revision=revision, commit_message=message)
+        for tries_left in reversed(range(TRIES)):
+            files = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
+            operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
+            api.preupload_lfs_files(repo_id, operations, revision=revision)  # the client's own tries
+            try:
+                done = api.create_commit(repo_id, operations, commit_message=message, revision=revision)
+                break
+            except HTTP_ERROR as error:
+                if isinstance(error, HfHubHTTPError) or not tries_left:
+                    raise
+                time.sleep(2 ** (TRIES - tries_left - 1))
     return str(done.commit_url)
 
 
 @contextmanager
 def connection() -> Iterator[None]:
-    """Errors of the connection as ConnectionError: the client has several kinds, and wraps them in RuntimeError."""
+    """Errors of the connection as ConnectionError: the clients have several kinds, and wrap some in RuntimeError."""
     try:
         yield
-    except OSError:  # the Hub's own answers are among these
-        raise
     except Exception as error:
-        cause = error.__cause__ or error
-        if not isinstance(cause, HTTP_ERROR):
+        broken = (ConnectionError, HTTP_ERROR)
+        of_xet = type(error) is RuntimeError and str(error).startswith(
+            "Task error"
+        )  # its downloads have no other kind
+        cause = error if isinstance(error, broken) or of_xet else error.__cause__
+        if isinstance(error, HfHubHTTPError) or not (
+            of_xet or isinstance(cause, broken)
+        ):  # the Hub's own answers say enough
             raise
         raise ConnectionError(
             f"the connection to the Hub broke ({cause}); nothing is half visible, run the same again"

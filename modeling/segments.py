@@ -31,7 +31,8 @@ class Segments:
         self.tokens = place.new_full((B,), T) if mask is None else mask.sum(1)
         self.end = place + self.tokens
         self.place, self.places = self.end % size, (place[:, None] + t) % size
-        low, high = (int(x) for x in place.aminmax())
+        # an exported program may not depend on a tensor's numbers: it takes the widest bounds
+        low, high = (0, size - 1) if torch.compiler.is_exporting() else (int(x) for x in place.aminmax())
         self.past, pieces = high, -(-(high + T) // size)
         if low == high or pieces == 1:  # the pieces are slices
             self.lengths = [min((i + 1) * size - high, T) - max(i * size - high, 0) for i in range(pieces)]

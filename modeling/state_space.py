@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from memzoo.kernels.selective_scan import causal_conv1d, causal_conv1d_update, selective_scan, selective_scan_update
+from memzoo.kernels.selective_scan.mixer import MixerWeights, mixer_step
+from memzoo.modeling.untouched import untouched
 
 
 class SelectiveStateSpace(nn.Module):
@@ -88,6 +90,10 @@ class SelectiveStateSpace(nn.Module):
 
     def _step(self, hidden_states: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """One token [B, D], without an axis of time."""
+        weights = self.weights()
+        stepped = weights and mixer_step(self, hidden_states, weights, state["conv"], state["ssm"])
+        if stepped:
+            return stepped[0], {"conv": stepped[1], "ssm": stepped[2]}
         u, z = self.in_proj(hidden_states).chunk(2, dim=-1)  # [B, I]
         u, conv = causal_conv1d_update(state["conv"], u, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu")
         delta, B, C = self.x_proj(u).split(self.sizes, dim=-1)
@@ -95,3 +101,25 @@ class SelectiveStateSpace(nn.Module):
         delta = F.linear(delta.to(weight.dtype), weight)
         y, ssm = selective_scan_update(state["ssm"], u, delta, self._A(), B, C, self.D, z, bias, True)
         return self.out_proj(y), {"conv": conv, "ssm": ssm}
+
+    def weights(self) -> MixerWeights | None:
+        """All weights, or None where they are not all that decides what the layer does."""
+        parts = self._modules
+        linears = parts["in_proj"], parts["x_proj"], parts["dt_proj"], parts["out_proj"]
+        if not (untouched(parts["conv1d"], nn.Conv1d) and all(untouched(layer, nn.Linear) for layer in linears)):
+            return None
+        into, x_proj, dt_proj, out = (layer._parameters for layer in linears)
+        conv, own = parts["conv1d"]._parameters, self._parameters
+        return MixerWeights(
+            into["weight"],
+            into["bias"],
+            conv["weight"],
+            conv["bias"],
+            x_proj["weight"],
+            dt_proj["weight"],
+            dt_proj["bias"],
+            own["A_log"],
+            own["D"],
+            out["weight"],
+            out["bias"],
+        )

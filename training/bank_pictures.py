@@ -49,9 +49,13 @@ def readings(model: Any, ids: Tensor) -> list[Reading]:
     reads = {module: name for name, module in model.named_modules() if isinstance(module, MemoryRead)}
     with record_calls(reads) as calls:
         model(input_ids=ids[None].to(next(model.parameters()).device), use_cache=False)
-    found = [_reading(name, read, *call) for read, name in reads.items() for call in calls[read]]
+    found = [_reading(_short(name), read, *call) for read, name in reads.items() for call in calls[read]]
     if not found:
         raise ValueError(f"{type(model).__name__} read no memory bank")
+    layers = [reading.name for reading in found]
+    for i, reading in enumerate(found):
+        if layers.count(reading.name) > 1:  # several tiers in one layer
+            reading.name += f", read {layers[:i].count(layers[i]) + 1}"
     return found
 
 
@@ -76,11 +80,11 @@ def _reading(name: str, read: MemoryRead, args: tuple, output: tuple) -> Reading
         chosen = chapters[0].cpu()
     attention = attention[0].mean(1).cpu()  # [T, N]
     load = attention.unflatten(1, (bank.num_chapters, -1)).sum(-1)
-    return Reading(_short(name), attention, load, chosen, read.num_shared)
+    return Reading(name, attention, load, chosen, read.num_shared)
 
 
 def _short(name: str) -> str:
-    """`layer 3` of model.layers.3.memory and the like."""
+    """`layer 3` of model.layers.3.memory.0 and the like."""
     numbers = [part for part in name.split(".") if part.isdigit()]
     return f"layer {numbers[0]}" if numbers else name
 
@@ -91,7 +95,7 @@ def token_labels(ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 def plot_chapters(found: list[Reading], labels: list[str], path: Path) -> None:
     """Share of each token's read by chapter, a panel a layer; a dot marks what the router chose."""
-    figure, axes = _panels(len(found), len(labels), found[0].num_chapters)
+    figure, axes = _panels(len(found), len(labels), max(reading.num_chapters for reading in found))
     for ax, reading in zip(axes, found):
         image = ax.imshow(reading.load.T.numpy(), aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
         at = [(t, c) for t, row in enumerate(reading.chosen.tolist()) for c in row if c >= 0]
@@ -99,7 +103,7 @@ def plot_chapters(found: list[Reading], labels: list[str], path: Path) -> None:
             ax.scatter(*zip(*at), s=7, color="tab:orange", linewidths=0)
         ax.set(title=reading.name, ylabel="chapter")
         _name_tokens(ax, labels)
-    figure.colorbar(image, ax=axes, label="share of what is read (dot: chosen)", fraction=0.02, pad=0.01)
+    figure.colorbar(image, ax=axes, label="share read (dot: chosen)", fraction=0.02, pad=0.01)
     _save(figure, path)
 
 
@@ -164,9 +168,9 @@ def show_bank(
     out.mkdir(parents=True, exist_ok=True)
     files = [out / "attention.png"]
     plot_attention(found, labels, files[0])
-    if found[0].num_chapters > 1:
+    if routed := [reading for reading in found if reading.num_chapters > 1]:
         files.insert(0, out / "chapters.png")
-        plot_chapters(found, labels, files[0])
+        plot_chapters(routed, labels, files[0])
     if run is not None and (state := _trainer_state(run)) is not None:
         file = out / "router_load.png"
         files += [file] if plot_router_load(json.loads(state.read_text())["log_history"], file) else []

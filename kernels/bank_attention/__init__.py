@@ -12,7 +12,7 @@ from torch import Tensor
 
 from memzoo.kernels.bank_attention import chunked
 from memzoo.kernels.bank_attention.chunked import Load
-from memzoo.kernels.bank_attention.gathered import FEW, bank_attention_gathered
+from memzoo.kernels.bank_attention.gathered import FEW, bank_attention_gathered, bank_attention_masked
 from memzoo.kernels.bank_attention.operators import choose, routed
 from memzoo.kernels.bank_attention.reference import bank_attention as reference
 
@@ -68,10 +68,12 @@ def bank_attention(
         return _whole(q, k, v, scale)
     dtype = torch.promote_types(q.dtype, torch.float32)
     chapters, log_weights = per_token(chapters, log_weights.to(dtype), T, groups)
+    size, dv = k.shape[1] // num_chapters, v.shape[-1]
     few = implementation == "auto" and B * T <= FEW and not torch.is_grad_enabled()
     if few and mixing == "joint" and num_chapters <= DENSE * (chapters.shape[-1] + num_shared):
-        return _whole(q, k, v, scale, _logits(chapters, log_weights, num_chapters, num_shared, k.shape[1]))
-    size, dv = k.shape[1] // num_chapters, v.shape[-1]
+        bank = (k.to(q.dtype), v.to(q.dtype))
+        out = bank_attention_masked(q.flatten(0, 1), *bank, chapters, log_weights, size, num_shared * size, scale)
+        return out.unflatten(0, (B, T))
     rows, k, v = q.flatten(0, 1), k.to(q.dtype), v.to(q.dtype)
     if dv != dh:  # the kernels have one width of head
         rows, k, v = (F.pad(x, (0, max(dh, dv) - x.shape[-1])) for x in (rows, k, v))
@@ -128,26 +130,17 @@ def per_token(chapters: Tensor, log_weights: Tensor, T: int, groups: Tensor | No
     return chapters.flatten(0, 1), log_weights.flatten(0, 1)
 
 
-def _whole(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
-    """The batch and the heads that share a key head are folded into the queries, so that the bank is read once.
-
-    `bias` [B T, N] of the logits; a token whose every logit is -inf reads zero.
-    """
+def _whole(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """The batch and the heads that share a key head are folded into the queries, so that the bank is read once."""
     (B, T, H, dh), (kv_heads, _, dv) = q.shape, v.shape
+    if kv_heads == 1:  # nothing moves
+        rows = q.reshape(1, 1, B * T * H, dh)
+        return F.scaled_dot_product_attention(rows, k[None].to(q.dtype), v[None].to(q.dtype), scale=scale).view(
+            B, T, H, dv
+        )
     q = q.reshape(B * T, kv_heads, -1, dh).permute(1, 2, 0, 3).reshape(1, kv_heads, -1, dh)  # [1, Hk, g B T, dh]
-    mask = None if bias is None else bias.to(q.dtype).repeat(H // kv_heads, 1)
-    out = F.scaled_dot_product_attention(q, k[None].to(q.dtype), v[None].to(q.dtype), attn_mask=mask, scale=scale)
-    out = out.view(kv_heads, H // kv_heads, B, T, dv).permute(2, 3, 0, 1, 4).flatten(2, 3)
-    return out if bias is None else torch.where(bias.isfinite().any(1).view(B, T, 1, 1), out, 0.0)
-
-
-def _logits(chapters: Tensor, log_weights: Tensor, num_chapters: int, num_shared: int, N: int) -> Tensor:
-    """[B T, N]: the logarithm of what each token weighs each key with. For a few tokens a read of all is the least."""
-    n = len(chapters)
-    weights = log_weights.new_full((n, num_chapters + 1), -torch.inf)  # the last is of slots that are not used
-    weights[:, :num_shared] = 0.0
-    weights.scatter_(1, torch.where(chapters < 0, num_chapters, chapters), log_weights)
-    return weights[:, :num_chapters, None].expand(-1, -1, N // num_chapters).reshape(n, N)
+    out = F.scaled_dot_product_attention(q, k[None].to(q.dtype), v[None].to(q.dtype), scale=scale)
+    return out.view(kv_heads, H // kv_heads, B, T, dv).permute(2, 3, 0, 1, 4).flatten(2, 3)
 
 
 def _check(q, k, v, chapters, log_weights, num_chapters, num_shared, mixing, groups) -> None:

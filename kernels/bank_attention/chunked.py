@@ -1,61 +1,19 @@
 """Bank attention in torch operators: pairs of token and chapter, a chapter at a time, never a copy of the bank.
 
-With o_j and l_j the softmax read of chapter j alone and the logarithm of its sum, a joint read is
-sum_j exp(l_j + log w_j - L) o_j with L = logsumexp_j(l_j + log w_j), and a separate one sum_j w_j o_j.
+Pair j of a token has sums e_j = sum_i exp(l_i) v_i and s_j = sum_i exp(l_i) over its chapter's keys i. A joint read is
+sum_j w_j e_j / sum_j w_j s_j, and a separate one sum_j w_j e_j / s_j. Exponentials are taken as they are; should sums
+leave three quarters of the range of exponents, those tokens are read again relative to their largest logit.
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from memzoo.kernels.bank_attention.attend import attend, attend_backward
-from memzoo.kernels.bank_attention.plan import Plan, Span, make_plan, pair_weights
+from memzoo.kernels.bank_attention.plan import Stage, make_plan, pair_weights
+from memzoo.kernels.bank_attention.products import Load, Reader, slices
 
-Load = Callable[[int, int], tuple[Tensor, Tensor]]  # first, last -> keys [Hk, last - first, d] and values
-
-
-def slices(k: Tensor, v: Tensor) -> Load:
-    """The bank's keys and values as they are."""
-    return lambda first, last: (k[:, first:last], v[:, first:last])
-
-
-class Reader:
-    """Gathers the rows of a span from token-major tensors [n, g, Hk, ...] as the batch that `attend` wants, and back.
-
-    The g query heads of a key head are g rows; in this order of the heads neither way copies more than the gather.
-    """
-
-    def __init__(self, plan: Plan, kv_heads: int) -> None:
-        self.plan, self.kv_heads = plan, kv_heads
-
-    def enter(self, x: Tensor) -> Tensor:
-        """[n, H, ...] -> [n, g, Hk, ...]."""
-        return x.unflatten(1, (self.kv_heads, -1)).transpose(1, 2).contiguous()
-
-    def leave(self, x: Tensor) -> Tensor:
-        """The inverse of `enter`."""
-        return x.transpose(1, 2).flatten(1, 2)
-
-    def gather(self, x: Tensor, span: Span) -> Tensor:
-        """[n, g, Hk, d] -> [tiles, Hk, rows g, d]."""
-        return self.batch(x.index_select(0, self.plan.token[span.start : span.stop]))
-
-    def batch(self, rows: Tensor) -> Tensor:
-        """[pairs, g, Hk, ...] -> [tiles, Hk, rows g, ...]; everything is one tile unless in deterministic mode."""
-        count, tile = len(rows), self.plan.tile
-        tiles = count // tile if tile and count % tile == 0 else 1
-        return rows.reshape(tiles, -1, *rows.shape[2:]).transpose(1, 2)
-
-    def rows(self, x: Tensor, count: int) -> Tensor:
-        """The inverse of `batch`."""
-        return x.transpose(1, 2).reshape(count, -1, self.kv_heads, *x.shape[3:])
-
-
-def add_rows(to: Tensor, token: Tensor, rows: Tensor) -> None:
-    """to[token] += rows; in two dimensions, which index_add_ does several times faster than in four."""
-    to.view(len(to), -1).index_add_(0, token, rows.reshape(len(token), -1))
+__all__ = ["Load", "backward", "forward", "slices"]
 
 
 def forward(
@@ -70,45 +28,72 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """q [n, H, d]; bank: N, Hk and how to load; chapters, log_weights [n, S]. Returns out [n, H, d], L [n, H]."""
     N, kv_heads, load = bank
-    plan = make_plan(chapters, N, size, shared)
-    weights = pair_weights(log_weights, shared)
-    if not joint:
-        out, sums, _ = _accumulate(q, plan, kv_heads, load, weights.exp(), None, scale)
-        return out.to(q.dtype), sums
-    # exponentials are taken relative to the token's largest weight; where that is not enough, to its largest term
+    plan = make_plan(chapters, N, size, shared, q.shape[1] * q.shape[2])
+    weights = pair_weights(log_weights, shared)[plan.pair]
+    reader = Reader(plan, kv_heads, load, weights.dtype, scale)
+    x = reader.enter(q)
+    if joint:
+        out, lse = _joint(x, reader, weights, _largest(chapters, log_weights, shared))
+    else:
+        out, lse = torch.zeros_like(x), x.new_zeros(x.shape[:3])
+        for stage in plan.stages:
+            read, _ = _own_reads(reader.gather("q", x, stage), reader, stage)
+            reader.add(out, read.mul_(weights[stage.start : stage.stop, None, None, None].exp()), stage)
+    return reader.leave(out).to(q.dtype), reader.leave(lse)
+
+
+def _largest(chapters: Tensor, log_weights: Tensor, shared: int) -> Tensor:
+    """[n]: of a token's logarithms of weights; -inf if it reads nothing."""
     used = torch.where(chapters < 0, -torch.inf, log_weights)
-    top = torch.cat([used, used.new_full((len(q), 1), 0.0 if shared else -torch.inf)], 1).amax(1, keepdim=True)
-    top = torch.where(top.isfinite(), top, 0.0).expand(-1, q.shape[1])
-    out, sums, terms = _accumulate(q, plan, kv_heads, load, weights, top, scale)
-    reads = sums[plan.token]
-    if reads.numel() and not bool(reads.log().abs().max() < 0.75 * math.log(torch.finfo(sums.dtype).max)):
-        index = plan.token[:, None].expand_as(terms)
-        top = torch.full_like(sums, -torch.inf).scatter_reduce(0, index, terms, "amax")
-        top = torch.where(top.isfinite(), top, 0.0)
-        out, sums, _ = _accumulate(q, plan, kv_heads, load, weights, top, scale)
+    return torch.cat([used, used.new_full((len(used), 1), 0.0 if shared else -torch.inf)], 1).amax(1)
+
+
+def _joint(x: Tensor, reader: Reader, weights: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+    """Out [n, g, Hk, d] and L; weights [R] of the pairs, largest [n]."""
+    token, nothing = reader.plan.token, largest.isinf()
+    largest = torch.where(nothing, 0.0, largest)
+    weights = weights - largest[token]
+    out, sums = _sums(x, reader, None, weights.exp())
+    top, good = torch.zeros_like(sums), _in_range(sums) | nothing[:, None, None]
+    if not bool(good.all()):
+        own = [reader.maxima(reader.gather("q", x, stage), stage) for stage in reader.plan.stages]
+        logits = torch.cat(own) + weights[:, None, None]
+        index = token[:, None, None].expand_as(logits)
+        top = torch.full_like(top, -torch.inf).scatter_reduce(0, index, logits, "amax")
+        top = torch.where(good | top.isinf(), 0.0, top)
+        again, totals = _sums(x, reader, top[token] - weights[:, None, None], None)
+        out, sums = torch.where(good[..., None], out, again), torch.where(good, sums, totals)
     out = out.div_(torch.where(sums > 0, sums, 1.0)[..., None])
-    return out.to(q.dtype), sums.log() + top
+    return out, sums.log() + top + largest[:, None, None]
 
 
-def _accumulate(q, plan, kv_heads, load, weights, top, scale) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums over pairs: of exp(l + log w - top) o with the exponentials and their exponents, or of w o without top."""
-    reader = Reader(plan, kv_heads)
-    q = reader.enter(q)
-    out = torch.zeros_like(q, dtype=weights.dtype)
-    sums = weights.new_zeros(q.shape[:3])
-    terms = weights.new_empty(len(plan.token) if top is not None else 0, *q.shape[1:3])
-    top = None if top is None else reader.enter(top)
-    for span in plan.spans:
-        at = slice(span.start, span.stop)
-        token, weight = plan.token[at], weights[plan.pair[at], None, None]
-        k, v = load(span.first, span.last)
-        read, lse = attend(reader.gather(q, span), k.to(q.dtype), v.to(q.dtype), scale)
-        if top is not None:
-            torch.add(reader.rows(lse, len(token)), weight, out=terms[at])
-            weight = (terms[at] - top[token]).exp_()
-            sums.index_add_(0, token, weight)
-        add_rows(out, token, reader.rows(read, len(token)).to(out.dtype).mul_(weight[..., None]))
-    return reader.leave(out), reader.leave(sums), reader.leave(terms)
+def _sums(x: Tensor, reader: Reader, offset: Tensor | None, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """sum_j w_j e_j and sum_j w_j s_j of each token, or without weights of logits less the pairs' offset."""
+    out, sums = torch.zeros_like(x), x.new_zeros(x.shape[:3])
+    for stage in reader.plan.stages:
+        at = slice(stage.start, stage.stop)
+        read, total = reader.read(reader.gather("q", x, stage), stage, None if offset is None else offset[at])
+        if weights is not None:
+            read.mul_(weights[at, None, None, None])
+            total.mul_(weights[at, None, None])
+        reader.add(out, read, stage)
+        reader.add(sums, total, stage)
+    return out, sums
+
+
+def _own_reads(rows: Tensor, reader: Reader, stage: Stage) -> tuple[Tensor, Tensor]:
+    """The pairs' softmax reads and the logarithms of their sums."""
+    read, total = reader.read(rows, stage, None)
+    top, good = torch.zeros_like(total), _in_range(total)
+    if not bool(good.all()):
+        first, top = read.clone(), torch.where(good, 0.0, reader.maxima(rows, stage))
+        again, totals = reader.read(rows, stage, top)
+        read, total = torch.where(good[..., None], first, again), torch.where(good, total, totals)
+    return read.div_(total[..., None]), total.log_().add_(top)
+
+
+def _in_range(sums: Tensor) -> Tensor:
+    return sums.log().abs() < 0.75 * math.log(torch.finfo(sums.dtype).max)
 
 
 def backward(
@@ -126,34 +111,27 @@ def backward(
     scale: float,
     router: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, log_weights (zero without `router`); each chapter's read is computed again."""
-    plan = make_plan(chapters, k.shape[1], size, shared)
+    """Gradients of q, k, v, log_weights; logits are computed again."""
+    plan = make_plan(chapters, k.shape[1], size, shared, q.shape[1] * q.shape[2])
     weights = pair_weights(log_weights, shared)
-    reader, load = Reader(plan, k.shape[0]), slices(k, v)
-    q, grad, out, lse = (reader.enter(x) for x in (q, grad, out, lse))
-    dq, dk, dv = (torch.zeros_like(x, dtype=weights.dtype) for x in (q, k, v))
-    dw = torch.zeros_like(weights)
-    for span in plan.spans:
-        at = slice(span.start, span.stop)
-        token, weight = plan.token[at], weights[plan.pair[at], None, None]
-        keys, values = load(span.first, span.last)
-        rows, g = reader.gather(q, span), grad.index_select(0, token)
-        if router or not joint:
-            read, own = attend(rows, keys, values, scale)
+    reader = Reader(plan, k.shape[0], slices(k, v), weights.dtype, scale)
+    x, grad, out, lse = (reader.enter(y) for y in (q, grad, out, lse))
+    delta = (grad * out).sum(-1) if joint else lse
+    dq, dw = torch.zeros_like(x), torch.zeros_like(weights)
+    to = torch.zeros_like(k, dtype=weights.dtype), torch.zeros_like(v, dtype=weights.dtype)
+    for stage in plan.stages:
+        pair = plan.pair[stage.start : stage.stop]
+        weight = weights[pair, None, None]
+        rows, g = reader.gather("q", x, stage), reader.gather("grad", grad, stage)
         if joint:
-            whole = out.index_select(0, token)
-            norm = torch.where(weight.isinf(), torch.inf, lse[token] - weight)
-            if router:
-                share = (reader.rows(own, len(token)) - norm).exp()  # [pairs, g, Hk] of the softmax
-                along = (g * (reader.rows(read, len(token)) - whole)).sum(-1, dtype=dw.dtype)
-                dw.index_add_(0, plan.pair[at], (share * along).sum((1, 2)))
-            read, own = reader.batch(whole), reader.batch(norm)
+            norm = torch.where(weight.isinf(), torch.inf, reader.gather("lse", lse, stage) - weight)
+            d_rows, along = reader.backward(rows, g, stage, norm, reader.gather("delta", delta, stage), to)
         else:
-            g = (g * weight.exp()[..., None]).to(q.dtype)
-            dw.index_add_(0, plan.pair[at], (g * reader.rows(read, len(token))).sum((1, 2, 3), dtype=dw.dtype))
-        d_rows, d_keys, d_values = attend_backward(reader.batch(g), rows, keys, values, read, own, scale)
-        add_rows(dq, token, reader.rows(d_rows, len(token)).to(dq.dtype))
-        dk[:, span.first : span.last] += d_keys
-        dv[:, span.first : span.last] += d_values
-    dq, dk, dv = (x.to(q.dtype) for x in (reader.leave(dq), dk, dv))
+            read, norm = _own_reads(rows, reader, stage)
+            g = g * weight[..., None].exp()
+            along = (g * read).sum(-1)
+            d_rows, _ = reader.backward(rows, g, stage, norm, along, to)
+        dw.index_add_(0, pair, along.sum((1, 2)))
+        reader.add(dq, d_rows, stage)
+    dq, dk, dv = (y.to(q.dtype) for y in (reader.leave(dq), *to))
     return dq, dk, dv, dw[: log_weights.numel()].view_as(log_weights)

@@ -1,4 +1,7 @@
-"""Bank attention of a few tokens, as when decoding: each token's chapters are copied beside one another."""
+"""Bank attention of a few tokens, as when decoding, without gradients.
+
+Each token's chapters are copied beside one another, or, where they are much of a small bank, all of it is read.
+"""
 
 import torch
 from torch import Tensor
@@ -36,3 +39,21 @@ def bank_attention_gathered(
     p = torch.cat([logits, everyone], -1).softmax(-1).nan_to_num_(0.0).to(q.dtype)
     read = p[..., : S * size] @ values.transpose(1, 2).flatten(2, 3)
     return (read + p[..., S * size :] @ v[:, :shared]).flatten(1, 2)
+
+
+def bank_attention_masked(
+    q: Tensor, k: Tensor, v: Tensor, chapters: Tensor, log_weights: Tensor, size: int, shared: int, scale: float
+) -> Tensor:
+    """As `bank_attention_gathered` of a joint softmax, over every key, those of other chapters weighted with zero."""
+    (n, H, _), (kv_heads, N, _) = q.shape, k.shape
+    wide, C = log_weights.dtype, N // size
+    bias = log_weights.new_full((n, C + 1), -torch.inf)  # the last is of slots that are not used
+    bias[:, : shared // size] = 0.0
+    bias.scatter_(1, chapters.remainder(C + 1), log_weights)  # -1 is C
+    rows = (q * scale).view(n, kv_heads, -1, q.shape[2]).transpose(0, 1).reshape(kv_heads, -1, q.shape[2])
+    logits = (rows @ k.mT).to(wide)
+    logits.view(kv_heads, n, -1, C, size).add_(bias[:, None, :C, None])
+    p = logits.softmax(-1)
+    if not shared and (torch.compiler.is_exporting() or bool((chapters < 0).any())):
+        p.nan_to_num_(0.0)  # of tokens that read nothing
+    return (p.to(q.dtype) @ v).view(kv_heads, n, H // kv_heads, -1).transpose(0, 1).flatten(1, 2)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MOST = 1024  # pairs of one span: bounds what is gathered at once
+STAGE = 1 << 18  # numbers of gathered rows that are held at once
 TILE = 16  # pairs that are computed together in deterministic mode
 
 
@@ -18,22 +18,33 @@ class Span(NamedTuple):
     stop: int
 
 
+class Stage(NamedTuple):
+    """Pairs `start` to `stop`, in spans; `tokens`: theirs, consecutive, when they read the shared chapters."""
+
+    start: int
+    stop: int
+    spans: list[Span]
+    tokens: slice | None = None
+
+
 class Plan(NamedTuple):
     token: Tensor  # [R]
     pair: Tensor  # [R] place in the n S slots; then n reads of the shared chapters, then one for padding
-    spans: list[Span]
+    stages: list[Stage]
     tile: int | None
 
 
-def make_plan(chapters: Tensor, bank_size: int, size: int, shared: int) -> Plan:
+def make_plan(chapters: Tensor, bank_size: int, size: int, shared: int, width: int) -> Plan:
     """chapters [n, S], -1 for an unused slot; chapters have `size` keys; everyone reads the first `shared` keys.
 
-    A matrix product may round a row differently when the number of rows changes, which other tokens' routing does.
-    Under `torch.use_deterministic_algorithms` pairs are therefore computed by tiles of TILE, some of them padding:
-    then what one token reads is the same to the last bit whatever the others do.
+    `width`: numbers of a token's row. A matrix product may round a row differently when the number of rows changes,
+    which other tokens' routing does. Under `torch.use_deterministic_algorithms` pairs are therefore computed by tiles
+    of TILE, some of them padding: then what one token reads is the same to the last bit whatever the others do.
     """
     n, S = chapters.shape
     tile = TILE if torch.are_deterministic_algorithms_enabled() else None
+    most = max(STAGE // width, 1)
+    most = most if tile is None else max(most // tile, 1) * tile
     C = bank_size // size
     key = torch.where(chapters < 0, C, chapters).flatten()
     order = key.argsort(stable=True)
@@ -45,16 +56,31 @@ def make_plan(chapters: Tensor, bank_size: int, size: int, shared: int) -> Plan:
         shift = (padded.cumsum(0) - padded) - (counts.cumsum(0) - counts)  # [C] how far each chapter's pairs move
         place = torch.arange(len(pair), device=key.device) + shift[key[pair]]
         pair = pair.new_full((sum(blocks),), n * S + (n if shared else 0)).index_put((place,), pair)
-    spans, start = [], 0
-    for c, count in enumerate(blocks):
-        for i in range(0, count, MOST):
-            spans.append(Span(c * size, (c + 1) * size, start + i, start + min(i + MOST, count)))
-        start += count
+    stages = _stages(blocks, size, most)
+    routed = len(pair)
     if shared:
         pair = torch.cat([pair, torch.arange(n * S, n * S + n, device=key.device)])
-        spans += [Span(0, shared, start + i, start + min(i + MOST, n)) for i in range(0, n, MOST)]
+        for a in range(routed, routed + n, most):
+            b = min(a + most, routed + n)
+            stages.append(Stage(a, b, [Span(0, shared, a, b)], slice(a - routed, b - routed)))
     token = torch.where(pair < n * S, pair // max(S, 1), pair - n * S).clamp_max(n - 1)
-    return Plan(token, pair, spans, tile)
+    return Plan(token, pair, stages, tile)
+
+
+def _stages(blocks: list[int], size: int, most: int) -> list[Stage]:
+    """The chapters' pairs in stages of at most `most`; only a chapter of more is cut."""
+    stages: list[Stage] = []
+    spans: list[Span] = []
+    start = 0
+    for c, count in enumerate(blocks):
+        for a in range(start, start + count, most):
+            b = min(a + most, start + count)
+            if spans and b - spans[0].start > most:
+                stages.append(Stage(spans[0].start, a, spans))
+                spans = []
+            spans.append(Span(c * size, (c + 1) * size, a, b))
+        start += count
+    return stages + ([Stage(spans[0].start, start, spans)] if spans else [])
 
 
 def pair_weights(log_weights: Tensor, shared: int) -> Tensor:

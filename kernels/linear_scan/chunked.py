@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memzoo.kernels.selective_scan.fused import is_available, run_tasks
+from memzoo.kernels.selective_scan.fused import is_available
+from memzoo.kernels.threads import run_tasks
 
 
 @torch.library.custom_op("memzoo::linear_scan", mutates_args=())

@@ -4,11 +4,8 @@ The forward keeps the small per-step activations, and the banks at every CHUNK s
 of one chunk at a time, so the banks take (T / CHUNK + CHUNK) K S m numbers, not T K S m. Its loop returns only the
 gradients of the pre-activations; those of the weights are matmuls over all steps.
 
-Threads run loops that release the GIL, rather than numba's parallel mode: there is no threading layer to clash with
-torch's, and torch.set_num_threads is obeyed.
+A thread takes whole sequences.
 """
-
-import threading
 
 import numpy as np
 import torch
@@ -16,18 +13,7 @@ from torch import Tensor
 
 from memzoo.kernels.memory_gru.loops import CHUNK, backward, forward
 from memzoo.kernels.memory_gru.reference import MemoryGRUWeights
-
-
-def _over_batch(kernel, batch: int, *arrays) -> None:
-    """Run kernel(first, last, *arrays) over the batch on torch's number of threads."""
-    n = min(batch, torch.get_num_threads())
-    ranges = [(batch * i // n, batch * (i + 1) // n) for i in range(n)]
-    threads = [threading.Thread(target=kernel, args=(*pair, *arrays)) for pair in ranges[1:]]
-    for thread in threads:
-        thread.start()
-    kernel(*ranges[0], *arrays)
-    for thread in threads:
-        thread.join()
+from memzoo.kernels.threads import run_tasks
 
 
 def _array(tensor: Tensor) -> np.ndarray:
@@ -75,7 +61,8 @@ def _run_forward(
     arrays = [_array(x) for x in (x_router, x_query, x_gates)], [_array(x) for x in (h0, *weights)]
     options = temperature, top_k, M0.shape[1] - Kr, decay, cap
     side = _bias_array(bias, Kr, h0), _mask_array(mask)
-    _over_batch(forward, len(h0), *arrays[0], *side, *arrays[1], *options, *(x.numpy() for x in outputs))
+    arguments = (*arrays[0], *side, *arrays[1], *options, *(x.numpy() for x in outputs))
+    run_tasks(forward, arguments, len(h0), x_router.shape[1] * M0.numel())
     return tuple(outputs)
 
 
@@ -110,7 +97,8 @@ def backward_op(
     dM, dh0 = dM_T.clone(memory_format=torch.contiguous_format), h0.new_empty(h0.shape)
     deltas = h0.new_empty(*h_seq.shape[:2], _delta_width(w))
     gradients = [_array(x) for x in (dh_seq, dlogits, dM, dh0, deltas)]
-    _over_batch(backward, len(h0), _mask_array(mask), *saved, *loop_weights, temperature, decay, cap, *gradients)
+    arguments = (_mask_array(mask), *saved, *loop_weights, temperature, decay, cap, *gradients)
+    run_tasks(backward, arguments, len(h0), h_seq.shape[1] * dM_T.numel())
     return dh0, dM, deltas
 
 

@@ -226,10 +226,10 @@ def parts(row, R, K, m, H):
 
 @jit
 def forward(
-    first, last, x_router, x_query, x_gates, bias, mask, h0,
+    x_router, x_query, x_gates, bias, mask, h0,
     router_h, router_out, router_out_bias, query_h, gates_c, gates_h, write_w, write_b,
     temperature, top_k, shared, decay, cap,
-    h_seq, logits, M_all, acts, addresses, checkpoints,
+    h_seq, logits, M_all, acts, addresses, checkpoints, first, last,
 ):  # fmt: skip
     """Sequences first..last. M_all: M0 on entry, M_T on return. acts and addresses may hold a single step."""
     T, H = h_seq.shape[1:]
@@ -380,9 +380,9 @@ def add_outer(dM, to_key, key, to_query, query, rho, read, dc, to_M, M):
 
 @jit
 def backward(
-    first, last, mask, h0, h_seq, acts, addresses, checkpoints,
+    mask, h0, h_seq, acts, addresses, checkpoints,
     router_h, router_out, query_h, gates_c, gates_h, write_w, temperature, decay, cap,
-    dh_seq, dlogits, dM_all, dh0, deltas,
+    dh_seq, dlogits, dM_all, dh0, deltas, first, last,
 ):  # fmt: skip
     """dM_all holds the gradient of M_T on entry and that of M0 on return. deltas: gradients of the pre-activations,
     x_router R, x_query m + 1, x_gates 3H, write 3m + 2, scores Kr, logits Kr."""

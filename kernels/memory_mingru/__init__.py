@@ -6,17 +6,17 @@ whole sequence takes a few matrix products. One token without gradients on the C
 
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from memzoo.kernels.gated_slots import MAX_ERASE, gated_slots, write_weights
-from memzoo.kernels.linear_scan import linear_scan
 from memzoo.kernels.memory_gru.reference import route
 from memzoo.kernels.memory_mingru import fused
 from memzoo.kernels.memory_mingru.fused import READ_EPS
+from memzoo.kernels.memory_mingru.mingru import mingru
+from memzoo.kernels.rms_norm import rms_norm
 
-__all__ = ["MemoryMinGRUWeights", "memory_mingru", "split_sizes"]
+__all__ = ["MemoryMinGRUWeights", "memory_mingru", "mingru", "split_sizes"]
 
 
 class MemoryMinGRUWeights(NamedTuple):
@@ -96,19 +96,9 @@ def memory_mingru(
     return h, logits, (h_last, M), write_weights(*arguments[:3], mask).detach()
 
 
-def mingru(gates: Tensor, h0: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """h_t = (1 - z_t) h_{t-1} + z_t n_t with z, n = sigmoid, tanh of gates [B, T, 2H]; h [B, T, H] and h_T."""
-    update, candidate = gates.to(torch.promote_types(gates.dtype, torch.float32)).chunk(2, dim=-1)
-    update = update.sigmoid()
-    if mask is not None:
-        update = update * mask[..., None]
-    h, h_last = linear_scan(1 - update, update * candidate.tanh(), h0)
-    return h.to(gates.dtype), h_last
-
-
 def normalised(c: Tensor) -> Tensor:
     """c / sqrt(mean(c^2) + READ_EPS) over the last dim."""
-    return F.rms_norm(c, c.shape[-1:], eps=READ_EPS)
+    return rms_norm(c, None, READ_EPS)
 
 
 def shorten(x: Tensor, largest: Tensor | float) -> Tensor:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from memzoo.kernels.gated_slots.reference import MAX_ERASE
-from memzoo.kernels.memory_gru.loops import dot, jit, one_plus_softplus, route, sigmoid, softmax, tanh
+from memzoo.kernels.memory_gru.loops import add_matvec, dot, jit, one_plus_softplus, route, sigmoid, softmax, tanh
 from memzoo.kernels.memory_mingru.fused import READ_EPS
 
 
@@ -16,7 +16,11 @@ def step(x, h0, M0, router_out, router_out_bias, keys, gates_c, bias, h, logits,
     one, zero = real(1), real(0)
     hidden, rho, scores = np.empty(R, x.dtype), np.empty(K, x.dtype), np.empty(K - shared, x.dtype)
     query, key, value, c = np.empty(m, x.dtype), np.empty(m, x.dtype), np.empty(m, x.dtype), np.empty(m, x.dtype)
-    read, write = np.empty(S, x.dtype), np.empty(S, x.dtype)
+    read, write = np.empty((K, S), x.dtype), np.empty((K, S), x.dtype)
+    lengths, gates = np.empty((K, S), x.dtype), np.empty(2 * H, x.dtype)
+    for k in range(K):
+        for s in range(S):
+            lengths[k, s] = one / max(np.sqrt(dot(keys[k, s], keys[k, s])), real(1e-12))
     for b in range(B):
         row = x[b, 0]
         for i in range(R):
@@ -46,19 +50,19 @@ def step(x, h0, M0, router_out, router_out_bias, keys, gates_c, bias, h, logits,
         c[:] = 0
         for k in range(K):
             weight = rho[k] if rho[k] > zero else zero  # route marks unused banks by their sign
-            for s in range(S):
-                slot = keys[k, s]
-                length = one / max(np.sqrt(dot(slot, slot)), real(1e-12))
-                read[s] = dot(query, slot) * length
-                write[s] = dot(key, slot) * length
-            softmax(read)
-            softmax(write)
+            for part in range(2):
+                cosines, target = (read[k], query) if part == 0 else (write[k], key)
+                cosines[:] = 0
+                add_matvec(cosines, keys[k], target)
+                for s in range(S):
+                    cosines[s] *= lengths[k, s]
+                softmax(cosines)
             for s in range(S):
                 old, new = M0[b, k, s], M[b, k, s]
                 kept = one
                 if cap > 0:
                     kept = min(real(cap) / max(np.sqrt(dot(old, old)), real(1e-6)), one)
-                a, w = weight * read[s] * kept, weight * gate * write[s]
+                a, w = weight * read[k, s] * kept, weight * gate * write[k, s]
                 keep = real(decay) * (one - real(MAX_ERASE) * w * erase) * kept
                 for j in range(m):
                     c[j] += a * old[j]
@@ -66,7 +70,8 @@ def step(x, h0, M0, router_out, router_out_bias, keys, gates_c, bias, h, logits,
         scale = one / np.sqrt(dot(c, c) / real(m) + real(READ_EPS))
         for j in range(m):
             c[j] *= scale
+        gates[:] = row[at:]
+        add_matvec(gates, gates_c, c)
         for i in range(H):
-            z = sigmoid(row[at + i] + dot(gates_c[i], c))
-            n = tanh(row[at + H + i] + dot(gates_c[H + i], c))
+            z, n = sigmoid(gates[i]), tanh(gates[H + i])
             h[b, i] = (one - z) * h0[b, i] + z * n

@@ -40,10 +40,13 @@ def ending(ends: Tensor, C: int) -> dict[int, list[int]]:
     return groups
 
 
-def _triton() -> ModuleType:
+def _triton(k: Tensor, v: Tensor, layers: int, clip: float | None, threshold: float | None) -> ModuleType | None:
+    """The Triton form where it serves these inputs."""
+    if not (k.is_cuda and has_triton("neural_memory")):
+        return None
     from memzoo.kernels.neural_memory import triton
 
-    return triton
+    return triton if triton.fits(k, v, layers, clip, threshold) else None
 
 
 @torch.library.custom_op("memzoo::neural_memory", mutates_args=())
@@ -77,10 +80,10 @@ def neural_memory_chunked(
     c = coefficients(gates, mask)
     mix, end, (read_start, inside) = c.mix(), c.end(), c.read(own_write)
     size = pieces[0][1]  # chunks in a segment
-    triton = _triton() if k.is_cuda and has_triton("neural_memory") else None
-    if triton is not None and triton.fits(k, v, L, clip, threshold):
-        factors = (read_start, inside * theta[:, None], end * theta[..., None], mix)
-        y, last, final, kept, err = triton.forward(q, k, target, *factors, *state, *start, ends, size, save)
+    triton = _triton(k, target, L, clip, threshold)
+    if triton is not None:
+        factors = (theta, c, own_write, *state, *start, ends, size, save, clip, threshold)
+        y, last, final, kept, err = triton.forward(q, k, target, *factors)
         return y + q if residual else y, [last], [final], [kept, err, c.D, c.P] if save else []
     widths = [x.shape[1] for x in start]
     kept = [x.new_empty(len(pieces) + 1 if save else 2, *x.shape) for x in state]  # states at segment starts
@@ -172,6 +175,15 @@ def _backward_op(
     """Gradients of q, k, v, gates, theta, each layer's state and each layer's start."""
     G, C = start[0].shape[0], k.shape[1]
     N = k.shape[0] // G
+    triton = _triton(k, d_y, len(start), clip, threshold)
+    if triton is not None:
+        size = segments(N, C)[0][1]
+        rest = (saved, size, clip, threshold, own_write, detach_every)
+        grads, *d_first = triton.backward(d_y, *d_state, *d_final_start, (q, k, theta, mask), *start, ends, *rest)
+        if residual:
+            grads[0] += d_y
+            grads[1] -= grads[2]
+        return [*grads, *d_first]
     endings = ending(ends, C)
     d_start = [torch.zeros_like(x) for x in start]
 

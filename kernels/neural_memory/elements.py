@@ -1,4 +1,4 @@
-"""What the compiled loops do element by element: activations with two derivatives, norms, copies and transposes.
+"""What the compiled loops do element by element: activations with two derivatives, norms and factors.
 
 Features are rows and tokens are columns, [d, n]; `kind` is 0 for silu and 1 for gelu. Numba's cache on disk does not
 notice a change here or in `products.py`: touch the files of the loops after one.
@@ -60,6 +60,22 @@ def activate(kind, z, h):
 
 
 @njit(fastmath=FAST, **OPTIONS)
+def activate_with_slope(kind, z, h, slope):
+    """h = act(z) and act's derivative there."""
+    one = z.dtype.type(1)
+    for f in range(z.shape[0]):
+        if kind == 0:
+            for t in range(z.shape[1]):
+                s = sigmoid(z[f, t])
+                value = z[f, t] * s
+                h[f, t], slope[f, t] = value, s + value * (one - s)
+        else:
+            for t in range(z.shape[1]):
+                part, density = below(z[f, t])
+                h[f, t], slope[f, t] = z[f, t] * part, part + z[f, t] * density
+
+
+@njit(fastmath=FAST, **OPTIONS)
 def differentiate(kind, z, h, slope, bend):
     """h = act(z) and act's first and second derivative there."""
     one, two = z.dtype.type(1), z.dtype.type(2)
@@ -76,14 +92,6 @@ def differentiate(kind, z, h, slope, bend):
                 part, density = below(z[f, t])
                 h[f, t], slope[f, t] = z[f, t] * part, part + z[f, t] * density
                 bend[f, t] = (two - z[f, t] * z[f, t]) * density
-
-
-@njit(fastmath=FAST, **OPTIONS)
-def transpose(x, out, n):
-    """The first n columns of x as the rows of out."""
-    for f in range(x.shape[0]):
-        for t in range(n):
-            out[t, f] = x[f, t]
 
 
 @njit(fastmath=FAST, **OPTIONS)

@@ -66,9 +66,12 @@ _forward.register_autograd(_backward, setup_context=_save)
 
 def gated_norm(x: Tensor, weight: Tensor, gate: Tensor, eps: float) -> Tensor:
     """rms_norm(x) weight sigmoid(gate): x [..., H, d], weight [d], gate of as many numbers as x; shaped as gate."""
-    one_type = x.dtype == weight.dtype == gate.dtype and x.dtype in (torch.float32, torch.float64)
-    if one_type and x.device.type == "cpu" and is_available():
-        with_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, gate))
+    dtypes = {x.dtype, weight.dtype, gate.dtype}
+    wide = torch.float64 if torch.float64 in dtypes else torch.float32
+    exact = len(dtypes) == 1 or wide == torch.float32
+    if exact and x.device.type == "cpu" and is_available() and not torch.compiler.is_exporting():
+        tensors = [t.to(wide) for t in (x, weight, gate)]
+        with_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         run = _forward if with_grad or torch.compiler.is_compiling() else _run  # the op's dispatch costs 50 us
-        return run(x, weight, gate, eps).view(gate.shape)
+        return run(*tensors, eps).view(gate.shape).to(gate.dtype)
     return F.rms_norm(x, weight.shape, weight, eps).reshape(gate.shape) * gate.sigmoid()

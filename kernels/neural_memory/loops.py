@@ -13,15 +13,8 @@ from collections import namedtuple
 import numpy as np
 from numba import njit
 
-from memzoo.kernels.neural_memory.elements import (
-    activate,
-    differentiate,
-    multiply,
-    scale_columns,
-    square_norms,
-    transpose,
-)
-from memzoo.kernels.neural_memory.products import PAD, add_product, mix_add, product, scale_add
+from memzoo.kernels.neural_memory.elements import activate, activate_with_slope, multiply, scale_columns, square_norms
+from memzoo.kernels.neural_memory.products import PAD, add_product, mix_add, prefetch, product, scale_add, transpose
 from memzoo.kernels.selective_scan.fused_kernels import FAST, OPTIONS
 
 Rule = namedtuple(
@@ -125,36 +118,43 @@ def real_tokens(mask, b, T):
 
 
 @njit(**OPTIONS)
-def gather(x, strides, b, h, index, d, out):
-    """Columns of out [P, n]: x[b, t, h] for t in index."""
+def gather(x, strides, b, h, index, d, rows):
+    """rows [n, P] = x[b, t, h] for t in index, zero beyond."""
     n = len(index)
     for i in range(n):
         at = b * strides[0] + index[i] * strides[1] + h * strides[2]
         for f in range(d):
-            out[f, i] = x[at + f]
-    if n < out.shape[1]:
-        for f in range(d):
-            out[f, n:] = 0
+            rows[i, f] = x[at + f]
+    rows[n:] = 0
 
 
 @njit(**OPTIONS)
-def scatter(x, b, h, index, out):
-    """out[b, t, h] for t in index: the columns of x."""
+def scatter(rows, b, h, index, out):
+    """out[b, t, h] for t in index: the rows, one after the other."""
     for i in range(len(index)):
-        row = out[b, index[i], h]
         for f in range(out.shape[3]):
-            row[f] = x[f, i]
+            out[b, index[i], h, f] = rows[i, f]
+
+
+@njit(**OPTIONS)
+def expect(x, strides, b, h, index, first, last, d):
+    """Prefetch x[b, t, h] for t in index[first:last]: rows are too far apart for the processor to guess."""
+    for i in range(max(first, 0), min(last, len(index))):
+        prefetch(x, b * strides[0] + index[i] * strides[1] + h * strides[2], d)
 
 
 @njit(fastmath=FAST, **OPTIONS)
-def normalize(x, inverse, rule):
-    """Columns to unit length, in place; inverse keeps what they were multiplied by."""
-    one, least = x.dtype.type(1), x.dtype.type(1e-12)
+def normalize(rows, inverse, n, rule):
+    """The first n rows to unit length, in place; inverse keeps what they were multiplied by."""
     if rule.normalize:
-        square_norms(x, inverse)
-        for t in range(x.shape[1]):
-            inverse[t] = one / max(np.sqrt(inverse[t]), least)
-        scale_columns(x, inverse, x)
+        one, least = rows.dtype.type(1), rows.dtype.type(1e-12)
+        for i in range(n):
+            square = rows.dtype.type(0)
+            for f in range(rows.shape[1]):
+                square += rows[i, f] * rows[i, f]
+            inverse[i] = one / max(np.sqrt(square), least)
+            for f in range(rows.shape[1]):
+                rows[i, f] *= inverse[i]
 
 
 @njit(fastmath=FAST, **OPTIONS)
@@ -164,9 +164,7 @@ def surprise(weights, s, block, target, rule):
     for l in range(last):
         out = pads[l + 1]
         product(block.z[s, l, :out], weights[l, :out, : pads[l]], block.h[s, l, : pads[l]])
-        differentiate(
-            rule.kind, block.z[s, l, :out], block.h[s, l + 1, :out], block.slope[s, l, :out], block.bend[s, l, :out]
-        )
+        activate_with_slope(rule.kind, block.z[s, l, :out], block.h[s, l + 1, :out], block.slope[s, l, :out])
     out = pads[last + 1]
     error = block.delta[s, last, :out]
     product(error, weights[last, :out, : pads[last]], block.h[s, last, : pads[last]])
@@ -209,7 +207,7 @@ def large_enough(block, s, rule):
 
 @njit(fastmath=FAST, **OPTIONS)
 def complete(block, s, theta, n, rule):
-    """The steps w of a block whose h and delta are there, and the inputs of the layers with tokens as rows."""
+    """The steps w of a block whose h and delta are there, and the inputs of the later layers with tokens as rows."""
     w = block.w[s]
     w[:n] = theta[:n]
     w[n:] = 0
@@ -217,8 +215,8 @@ def complete(block, s, theta, n, rule):
         w *= clip_scales(squared_gradients(block, s, rule), rule.clip)
     if rule.threshold > 0:
         w *= large_enough(block, s, rule)
-    for l in range(len(rule.widths) - 1):
-        transpose(block.h[s, l, : rule.pads[l]], block.rows[s, l], rule.block)
+    for l in range(1, len(rule.widths) - 1):
+        transpose(block.h[s, l, : rule.pads[l]], block.rows[s, l])
 
 
 @njit(fastmath=FAST, **OPTIONS)
@@ -255,11 +253,12 @@ def decay(keep, eta, w, n, d, rule):
 
 
 @njit(fastmath=FAST, **OPTIONS)
-def read(state, s, block, x, d, outputs, scratch, rule):
-    """All layers at queries x [P, block], with their outputs in outputs [L, P, block]; x becomes the last input."""
+def read(state, s, block, query, d, outputs, scratch, rule):
+    """All layers at the query [P, block], with their outputs in outputs [L, P, block]; scratch [3, P, block]."""
     last, attention = len(rule.widths) - 2, scratch[1, : rule.block]
     for l in range(last + 1):
         width, out = rule.pads[l], rule.pads[l + 1]
+        x = scratch[2] if l else query
         if l:
             activate(rule.kind, outputs[l - 1, :width], x[:width])
         scale_columns(x[:width], d.read_a, scratch[0, :width])
@@ -314,8 +313,11 @@ def forward(tokens, rule, state, start, y, final, final_start, kept, hidden, fir
     block, d = blocks_of(state, rule, 1, True), decays_of(state, rule)
     tall, zero = max(P, rule.block), state.dtype.type(0)  # one of the buffers holds attention
     buffers = aligned(state, (L + 5) * tall, rule.block).reshape((L + 5, tall, rule.block))
-    outputs, scratch, x, target, query = buffers[5:], buffers[:2], buffers[2], buffers[3], buffers[4]
+    outputs, scratch, target, query = buffers[5:], buffers[:3], buffers[3], buffers[4]
+    rows = aligned(state, 3 * rule.block, P).reshape((3, rule.block, P))
     dk, dv, inverse = rule.widths[0], rule.widths[L], np.empty(rule.block, state.dtype)
+    Pk, Pv, keys = rule.pads[0], rule.pads[L], block.rows[0, 0]
+    to, to_strides = y.reshape(-1), np.array([T * H * dv, H * dv, dv])
     for task in range(first, last):
         b, head = task // H, task % H
         index = real_tokens(mask, b, T)
@@ -336,27 +338,34 @@ def forward(tokens, rule, state, start, y, final, final_start, kept, hidden, fir
             while done < stop:
                 here = index[done : min(done + rule.block, stop)]
                 n = len(here)
-                gather(q, strides[0], b, head, here, dk, query)
-                gather(k, strides[1], b, head, here, dk, block.h[0, 0])
-                gather(v, strides[2], b, head, here, dv, target)
-                normalize(query[:P], inverse, rule)
-                normalize(block.h[0, 0], inverse, rule)
+                gather(q, strides[0], b, head, here, dk, rows[0])
+                gather(k, strides[1], b, head, here, dk, keys)
+                gather(v, strides[2], b, head, here, dv, rows[1])
+                expect(to, to_strides, b, head, index, done, done + n, dv)
+                normalize(rows[0], inverse, n, rule)
+                normalize(keys, inverse, n, rule)
+                transpose(rows[0][:, :Pk], query)
+                transpose(keys[:, :Pk], block.h[0, 0])
+                transpose(rows[1][:, :Pv], target)
                 if rule.residual:
                     target[:P] -= block.h[0, 0]
+                following = done + n + rule.block
+                expect(q, strides[0], b, head, index, done + n, following, dk)
                 surprise(at_chunk[:, 0], 0, block, target, rule)
+                expect(k, strides[1], b, head, index, done + n, following, dk)
                 complete(block, 0, gates[2, b, head][here], n, rule)
                 decay(gates[0, b, head][here], gates[1, b, head][here], block.w[0], n, d, rule)
-                x[:] = query
-                read(now, 0, block, x, d, outputs, scratch, rule)
+                read(now, 0, block, query, d, outputs, scratch, rule)
+                expect(v, strides[2], b, head, index, done + n, following, dv)
+                transpose(outputs[L - 1, :Pv], rows[2])
                 if rule.residual:
-                    outputs[L - 1] += query
-                scatter(outputs[L - 1], b, head, here, y)
+                    rows[2] += rows[0]
+                scatter(rows[2], b, head, here, y)
                 if kept.shape[1] > 0:
                     keep_hidden(block, 0, outputs, hidden[task, part], rule)
                 advance(now, now, 0, block, n, d, scratch, rule)
                 done, part = done + n, part + 1
             chunk, filled = chunk + 1, 0
-            filled = 0
             if chunk % rule.stride == 0:
                 flush(now, rule)
         store_state(now, final[task], rule)

@@ -8,7 +8,7 @@ from collections import namedtuple
 import numpy as np
 from numba import njit
 
-from memzoo.kernels.neural_memory.elements import differentiate, multiply, scale_columns, transpose
+from memzoo.kernels.neural_memory.elements import activate_with_slope, differentiate, multiply, scale_columns
 from memzoo.kernels.neural_memory.loops import (
     advance,
     aligned,
@@ -17,6 +17,7 @@ from memzoo.kernels.neural_memory.loops import (
     complete,
     decay,
     decays_of,
+    expect,
     flush,
     gather,
     large_enough,
@@ -28,7 +29,7 @@ from memzoo.kernels.neural_memory.loops import (
     states_of,
     store_state,
 )
-from memzoo.kernels.neural_memory.products import add_product, mix_add, product, scale_add
+from memzoo.kernels.neural_memory.products import add_product, mix_add, product, scale_add, transpose
 from memzoo.kernels.selective_scan.fused_kernels import FAST, OPTIONS
 
 # Gradients of a segment's h and delta [slots, L, P, block] and of the gates [slots, block].
@@ -114,8 +115,10 @@ def update_backward(state, d_state, s, block, n, d, grads, d_d, scratch, rule):
 
 
 @njit(fastmath=FAST, **OPTIONS)
-def read_backward(state, d_state, s, block, q, n, hidden, d, grads, d_d, scratch, rule):
-    """Gradients that go through a block's reads, and its state's whole; scratch.d_r, at first d_y, becomes d_q."""
+def read_backward(state, d_state, s, block, q, q_rows, n, hidden, d, grads, d_d, scratch, rule):
+    """Gradients that go through a block's reads, and its state's whole; scratch.d_r, at first d_y, becomes d_q.
+
+    q [P, block] and q_rows [block, P] are the queries."""
     L, N, shift = len(rule.widths) - 1, rule.block, 1 if rule.own_write else 0
     attention, d_attention, turned = scratch.attention[1], scratch.attention[2], scratch.attention[3]
     d_steps = scratch.attention[0]
@@ -128,7 +131,8 @@ def read_backward(state, d_state, s, block, q, n, hidden, d, grads, d_d, scratch
         if l:
             at -= rule.widths[l]
             x[:] = 0  # where no token or feature is
-            differentiate(rule.kind, hidden[at : at + rule.widths[l]], x, scratch.slope[:width], S)
+            activate_with_slope(rule.kind, hidden[at : at + rule.widths[l]], x, scratch.slope[:width])
+            transpose(x, scratch.rows)
             at -= 2 * rule.widths[l]
         else:
             x[:] = q[:width]
@@ -147,18 +151,18 @@ def read_backward(state, d_state, s, block, q, n, hidden, d, grads, d_d, scratch
                 d_steps[j, i] += attention[j, i] * d_attention[j, i]
         multiply(attention, d.steps, attention)
         multiply(d_attention, d.steps, d_attention)
-        transpose(attention, turned, N)
+        transpose(attention, turned)
         add_product(grads.delta[s, l, :out], d_r, turned)
-        transpose(d_attention, turned, N)
+        transpose(d_attention, turned)
         add_product(grads.h[s, l, :width], x, turned)
         add_product(W, h, d_attention)
-        transpose(x, scratch.rows, N)
+        rows = scratch.rows if l else q_rows
         W_rows, S_rows = d_state[l, 0, :out, :width], d_state[l, 1, :out, :width]
         by_a = scratch.S[:out]
         scale_columns(d_r, d.read_b, by_a)
-        mix_add(S_rows, d.e[n], S_rows, d.b[n], W_rows, by_a, scratch.rows[:, :width])
+        mix_add(S_rows, d.e[n], S_rows, d.b[n], W_rows, by_a, rows[:, :width])
         scale_columns(d_r, d.read_a, by_a)
-        scale_add(W_rows, d.a[n], W_rows, by_a, scratch.rows[:, :width])
+        scale_add(W_rows, d.a[n], W_rows, by_a, rows[:, :width])
         if l:
             multiply(W, scratch.slope[:width], scratch.d_r[:width])
         else:
@@ -232,7 +236,7 @@ def surprise_backward(weights, d_weights, s, block, grads, scratch, rule):
         multiply(d_delta, block.slope[s, l, :width], d_g)
         multiply(d_delta, block.bend[s, l, :width], d_delta)  # from here on the gradient of z_l
         add_product(grads.delta[s, l + 1, :out], weights[l + 1, :out, :width], d_g)
-        transpose(d_g, scratch.rows, N)
+        transpose(d_g, scratch.rows)
         d_W = d_weights[l + 1, :out, :width]
         add_product(d_W, block.delta[s, l + 1, :out], scratch.rows[:, :width])
     for l in range(last, -1, -1):  # z_l = W_l h_l
@@ -249,17 +253,17 @@ def surprise_backward(weights, d_weights, s, block, grads, scratch, rule):
 
 
 @njit(fastmath=FAST, **OPTIONS)
-def normalize_backward(x, inverse, d_x, rule):
-    """d_x, the gradient of the unit columns x, becomes that of the columns themselves."""
+def normalize_backward(rows, inverse, d_rows, n, rule):
+    """d_rows, the gradient of n unit rows, becomes that of the rows before `normalize`."""
     if rule.normalize:
-        for t in range(x.shape[1]):
-            along = x.dtype.type(0)
-            for f in range(x.shape[0]):
-                along += x[f, t] * d_x[f, t]
-            if inverse[t] >= x.dtype.type(1e12):
-                along = x.dtype.type(0)  # shorter than 1e-12: only scaled
-            for f in range(x.shape[0]):
-                d_x[f, t] = inverse[t] * (d_x[f, t] - along * x[f, t])
+        for i in range(n):
+            along = rows.dtype.type(0)
+            for f in range(rows.shape[1]):
+                along += rows[i, f] * d_rows[i, f]
+            if inverse[i] >= rows.dtype.type(1e12):
+                along = rows.dtype.type(0)  # shorter than 1e-12: only scaled
+            for f in range(rows.shape[1]):
+                d_rows[i, f] = inverse[i] * (d_rows[i, f] - along * rows[i, f])
 
 
 @njit(fastmath=FAST, **OPTIONS)
@@ -282,7 +286,10 @@ def backward(
     d_d = DecayGrads(rows[0], rows[1], rows[2], squares[0], squares[1])
     history, more = states_of(kept, rule, slots), states_of(kept, rule, 3)
     begin, d_begin, d_now = more[0], more[1], more[2]
-    query = aligned(kept, rule.pads.max(), rule.block).reshape((rule.pads.max(), rule.block))
+    P, Pk, Pv = rule.pads.max(), rule.pads[0], rule.pads[L]
+    query = aligned(kept, P, rule.block).reshape((P, rule.block))
+    queries, d_reads, d_rows = aligned(kept, 3 * rule.block, P).reshape((3, rule.block, P))
+    span = slots * rule.block  # tokens of a segment, or more
     at, length = np.zeros(slots, np.int64), np.zeros(slots, np.int64)  # first token and tokens of a block
     firsts = np.zeros(rule.stride + 1, np.int64)  # of a chunk's blocks
     zero, one, dk, dv = kept.dtype.type(0), kept.dtype.type(1), rule.widths[0], rule.widths[L]
@@ -311,8 +318,9 @@ def backward(
                     here = index[t : min(t + rule.block, stop)]
                     n = len(here)
                     at[s], length[s] = t, n
-                    gather(k, strides[1], b, head, here, dk, block.h[s, 0])
-                    normalize(block.h[s, 0], inverse[s], rule)
+                    gather(k, strides[1], b, head, here, dk, block.rows[s, 0])
+                    normalize(block.rows[s, 0], inverse[s], n, rule)
+                    transpose(block.rows[s, 0][:, :Pk], block.h[s, 0])
                     recall(block, s, hidden[task, part], rule)
                     complete(block, s, theta[here], n, rule)
                     t, part = t + n, part + 1
@@ -328,37 +336,42 @@ def backward(
                 for s in range(firsts[c - c0 + 1] - 1, firsts[c - c0] - 1, -1):
                     n, part = length[s], c * per_chunk + s - firsts[c - c0]
                     here = index[at[s] : at[s] + n]
-                    gather(q, strides[0], b, head, here, dk, query)
-                    normalize(query, inverse[slots], rule)
-                    gather(d_y, d_strides, b, head, here, dv, scratch.d_r)
+                    gather(q, strides[0], b, head, here, dk, queries)
+                    gather(d_y, d_strides, b, head, here, dv, d_reads)
+                    expect(q, strides[0], b, head, index, at[s] - rule.block, at[s], dk)
+                    normalize(queries, inverse[slots], n, rule)
+                    transpose(queries[:, :Pk], query)
+                    transpose(d_reads[:, :Pv], scratch.d_r)
                     decay(keep[here], eta[here], block.w[s], n, d, rule)
                     rows[:] = 0
                     squares[:] = 0
                     update_backward(history[s], d_now, s, block, n, d, grads, d_d, scratch, rule)
+                    expect(d_y, d_strides, b, head, index, at[s] - rule.block, at[s], dv)
                     read_backward(
-                        history[s], d_now, s, block, query, n, hidden[task, part], d, grads, d_d, scratch, rule
-                    )
+                        history[s], d_now, s, block, query, queries, n, hidden[task, part], d, grads, d_d, scratch,
+                        rule,
+                    )  # fmt: skip
+                    expect(k, strides[1], b, head, index, at[s] - span, at[s] - span + n, dk)
                     decay_backward(keep[here], eta[here], s, n, d, d_d, grads)
+                    transpose(scratch.d_r[:Pk], d_rows)
                     if rule.residual:
-                        gather(d_y, d_strides, b, head, here, dv, scratch.W)
-                        scratch.d_r[:] += scratch.W
-                    normalize_backward(query, inverse[slots], scratch.d_r, rule)
-                    scatter(scratch.d_r, b, head, here, d_q)
+                        d_rows += d_reads
+                    normalize_backward(queries, inverse[slots], d_rows, n, rule)
+                    scatter(d_rows, b, head, here, d_q)
                 weights = history[firsts[c - c0]][:, 0] if c else begin[:, 0]
                 d_weights = d_now[:, 0] if c else d_begin[:, 0]
                 for s in range(firsts[c - c0], firsts[c - c0 + 1]):
                     here = index[at[s] : at[s] + length[s]]
                     steps_backward(theta[here], s, length[s], block, grads, rule)
                     surprise_backward(weights, d_weights, s, block, grads, scratch, rule)
-                    d_target = scratch.W
-                    for f in range(rule.pads[L]):
-                        for t in range(rule.block):
-                            d_target[f, t] = -grads.delta[s, L - 1, f, t]
-                            if rule.residual:
-                                grads.h[s, 0, f, t] -= d_target[f, t]
-                    normalize_backward(block.h[s, 0], inverse[s], grads.h[s, 0], rule)
-                    scatter(d_target, b, head, here, d_v)
-                    scatter(grads.h[s, 0], b, head, here, d_k)
+                    transpose(grads.delta[s, L - 1, :Pv], d_reads)
+                    d_reads *= -one
+                    scatter(d_reads, b, head, here, d_v)
+                    transpose(grads.h[s, 0, :Pk], d_rows)
+                    if rule.residual:
+                        d_rows -= d_reads
+                    normalize_backward(block.rows[s, 0], inverse[s], d_rows, length[s], rule)
+                    scatter(d_rows, b, head, here, d_k)
                     for i in range(length[s]):
                         d_gates[0, b, head, here[i]] = grads.keep[s, i]
                         d_gates[1, b, head, here[i]] = grads.eta[s, i]

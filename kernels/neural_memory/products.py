@@ -1,4 +1,4 @@
-"""Small matrix products for compiled CPU loops: numba writes the inner tile as vector instructions itself.
+"""Small matrix products and transposes for compiled CPU loops: numba writes the inner tile as vector instructions.
 
 LLVM turns plain loops into half-width vectors and keeps no block of sums in registers; BLAS needs microseconds a call
 for the 16 to 128 wide products here. A tile holds `rows` x `vectors` sums in registers: a value of A, at any strides,
@@ -96,6 +96,64 @@ def _tile(rows: int, vectors: int, terms: int):
     return tile
 
 
+def _pointer(context, builder, kind, value):
+    """An array's first byte as a number, and the strides of its axes."""
+    parts = context.make_array(kind)(context, builder, value)
+    return builder.ptrtoint(parts.data, ir.IntType(64)), cgutils.unpack_tuple(builder, parts.strides)
+
+
+@intrinsic
+def _turn(_, x, out, m, n):
+    """One square tile of a vector's width: out[n:, m:] = x[m:, n:]'."""
+
+    def generate(context, builder, signature, args):
+        i64, size = ir.IntType(64), signature.args[0].dtype.bitwidth // 8
+        lanes = VECTOR // size
+        vector = ir.VectorType(context.get_value_type(signature.args[0].dtype), lanes)
+        index = ir.VectorType(ir.IntType(32), lanes)
+
+        def row(base, stride, r, c, i):
+            at = builder.add(base, builder.mul(stride, builder.add(r, ir.Constant(i64, i))))
+            at = builder.add(at, builder.mul(c, ir.Constant(i64, size)))
+            return builder.inttoptr(at, vector.as_pointer())
+
+        (base, (stride, _)), (to, (to_stride, _)) = (
+            _pointer(context, builder, kind, arg) for kind, arg in zip(signature.args[:2], args[:2])
+        )
+        m, n = args[2:]
+        rows = [builder.load(row(base, stride, m, n, i), align=size) for i in range(lanes)]
+        k = 1
+        while k < lanes:  # swap the off-diagonal k x k blocks of every 2k x 2k one
+            low = ir.Constant(index, [j + (lanes - k if j & k else 0) for j in range(lanes)])
+            high = ir.Constant(index, [j + (lanes if j & k else k) for j in range(lanes)])
+            for i in range(lanes):
+                if not i & k:
+                    a, b = rows[i], rows[i + k]
+                    rows[i], rows[i + k] = builder.shuffle_vector(a, b, low), builder.shuffle_vector(a, b, high)
+            k *= 2
+        for i, x in enumerate(rows):
+            builder.store(x, row(to, to_stride, n, m, i), align=size)
+        return context.get_dummy_value()
+
+    return types.void(x, out, m, n), generate
+
+
+@intrinsic
+def _prefetch(_, x, at):
+    """Ask for the cache line of x[at]."""
+
+    def generate(context, builder, signature, args):
+        (base, (stride,)) = _pointer(context, builder, signature.args[0], args[0])
+        byte, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
+        place = builder.inttoptr(builder.add(base, builder.mul(args[1], stride)), byte)
+        kind = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [place, i32(0), i32(3), i32(1)])  # to read, into all caches, data
+        return context.get_dummy_value()
+
+    return types.void(x, at), generate
+
+
 SHAPES = [(SUMS, 1), (SUMS // 2, 2), (SUMS // 4, 4)]
 _set1, _set2, _set4 = (_tile(*shape, 1) for shape in SHAPES)
 _add1, _add2, _add4 = (_tile(*shape, 2) for shape in SHAPES)
@@ -165,3 +223,19 @@ def mix_add(out, x, X, y, Y, A, B):
 def add_product(out, A, B):
     """out += A B."""
     scale_add(out, out.dtype.type(1), out, A, B)
+
+
+@njit([void(real[:, :], real[:, :]) for real in (float32, float64)], **OPTIONS)
+def transpose(x, out):
+    """out[:N, :M] = x' of x [M, N]."""
+    lanes = VECTOR // out.itemsize
+    for m in range(0, x.shape[0], lanes):
+        for n in range(0, x.shape[1], lanes):
+            _turn(x, out, m, n)
+
+
+@njit(**OPTIONS)
+def prefetch(x, start, length):
+    """Ask for x[start : start + length], x flat, before it is needed."""
+    for at in range(start, start + length, 64 // x.itemsize):
+        _prefetch(x, at)

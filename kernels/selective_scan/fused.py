@@ -7,20 +7,19 @@ Sequences are read in place when channels are contiguous ([B, T, I] memory, as t
 
 import functools
 import os
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from memzoo.kernels.selective_scan.common import CHUNK, ScanGradients, ScanInputs
-
-SERIAL_WORK = 1 << 18  # below so many state updates (about 0.1 ms) a second thread costs more than it brings
+from memzoo.kernels.threads import run_tasks
 
 
 @torch.compiler.assume_constant_result
 def is_available() -> bool:
-    return _numba_imports()
+    """Whether Numba is there and not switched off by its own NUMBA_DISABLE_JIT."""
+    return os.environ.get("NUMBA_DISABLE_JIT", "0") in ("", "0") and _numba_imports()
 
 
 @functools.cache
@@ -44,25 +43,6 @@ def _conv_kernels():
     from memzoo.kernels.selective_scan import conv_kernels
 
     return conv_kernels
-
-
-@functools.cache
-def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    # keyed by process: threads do not survive a fork
-    return ThreadPoolExecutor(threads, thread_name_prefix="selective_scan")
-
-
-def run_tasks(kernel, arguments: tuple, tasks: int, work: int) -> None:
-    """Split the tasks over torch's number of threads; the kernels release the GIL."""
-    threads = min(torch.get_num_threads(), tasks) if work > SERIAL_WORK else 1
-    bounds = [tasks * k // threads for k in range(threads + 1)]
-    waiting = []
-    if threads > 1:
-        pool = _pool(os.getpid(), threads - 1)
-        waiting = [pool.submit(kernel, *arguments, *bounds[k : k + 2]) for k in range(1, threads)]
-    kernel(*arguments, bounds[0], bounds[1])
-    for future in waiting:
-        future.result()
 
 
 def _flat(x: Tensor) -> tuple[np.ndarray, tuple[int, int]]:

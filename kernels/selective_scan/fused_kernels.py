@@ -2,8 +2,9 @@
 
 A task is one row of the batch and one block of `BLOCK` channels; channels are the vector lanes, so every inner loop
 has a constant trip count over local scratch and LLVM vectorises it without runtime checks. Sequences are flat arrays
-with their (batch, time) strides in `strides`; channels are contiguous. Time runs in chunks of `chunk` steps: forward
-keeps the state at the start of each chunk, backward recomputes a chunk from there and walks it in reverse.
+with their (batch, time) strides in `strides`; channels are contiguous. Time runs in chunks of `chunk` steps, and all
+blocks of a chunk before the next one, so that memory is read in order: forward keeps the state at the start of each
+chunk, backward recomputes a chunk from there and walks it in reverse.
 """
 
 import numpy as np
@@ -40,57 +41,62 @@ def forward(
     blocks = (I + BLOCK - 1) // BLOCK
     dtype = A.dtype
     zero = dtype.type(0)
-    h, a = np.zeros((N, BLOCK), dtype), np.zeros((N, BLOCK), dtype)
+    count = last - first
+    all_h, all_a = np.zeros((count, N, BLOCK), dtype), np.zeros((count, N, BLOCK), dtype)
+    all_skip, all_shift = np.zeros((count, BLOCK), dtype), np.zeros((count, BLOCK), dtype)
     dt, x, out, gate = np.zeros(BLOCK, dtype), np.zeros(BLOCK, dtype), np.zeros(BLOCK, dtype), np.zeros(BLOCK, dtype)
-    skip, shift = np.zeros(BLOCK, dtype), np.zeros(BLOCK, dtype)
     for task in range(first, last):
         b, i0 = task // blocks, task % blocks * BLOCK
-        width = min(BLOCK, I - i0)
-        if width < BLOCK:  # lanes past the last channel: no leftovers of another block
-            for i in range(BLOCK):
-                x[i] = zero
-                for n in range(N):
-                    h[n, i] = a[n, i] = zero
-        for i in range(width):
-            skip[i], shift[i] = D[i0 + i], bias[i0 + i]
+        for i in range(min(BLOCK, I - i0)):
+            all_skip[task - first, i], all_shift[task - first, i] = D[i0 + i], bias[i0 + i]
             for n in range(N):
-                h[n, i], a[n, i] = initial[b, i0 + i, n], A[n, i0 + i]
-        for t in range(T):
-            if save and t % chunk == 0:
+                all_h[task - first, n, i], all_a[task - first, n, i] = initial[b, i0 + i, n], A[n, i0 + i]
+    for t0 in range(0, T, chunk):
+        for task in range(first, last):
+            b, i0, j = task // blocks, task % blocks * BLOCK, task - first
+            width = min(BLOCK, I - i0)
+            h, a, skip, shift = all_h[j], all_a[j], all_skip[j], all_shift[j]
+            if width < BLOCK:  # lanes past the last channel: no leftovers of another block
+                for i in range(BLOCK):
+                    x[i] = zero
+            if save:
                 for n in range(N):
                     for i in range(width):
-                        starts[b, t // chunk, n, i0 + i] = h[n, i]
-            if use_mask and mask[b, t] == 0:
+                        starts[b, t0 // chunk, n, i0 + i] = h[n, i]
+            for t in range(t0, min(t0 + chunk, T)):
+                if use_mask and mask[b, t] == 0:
+                    for i in range(width):
+                        y[b, t, i0 + i] = 0
+                    continue
+                at_u, at_delta = b * strides[0, 0] + t * strides[0, 1] + i0, b * strides[1, 0] + t * strides[1, 1] + i0
                 for i in range(width):
-                    y[b, t, i0 + i] = 0
-                continue
-            at_u, at_delta = b * strides[0, 0] + t * strides[0, 1] + i0, b * strides[1, 0] + t * strides[1, 1] + i0
-            for i in range(width):
-                x[i], dt[i] = u[at_u + i], delta[at_delta + i] + shift[i]
-            if use_softplus:
+                    x[i], dt[i] = u[at_u + i], delta[at_delta + i] + shift[i]
+                if use_softplus:
+                    for i in range(BLOCK):
+                        dt[i] = softplus(dt[i])
                 for i in range(BLOCK):
-                    dt[i] = softplus(dt[i])
-            for i in range(BLOCK):
-                out[i] = skip[i] * x[i]
-                x[i] *= dt[i]
-            at_B, at_C = b * strides[3, 0] + t * strides[3, 1], b * strides[4, 0] + t * strides[4, 1]
-            for n in range(N):
-                B_n, C_n = B[at_B + n], C[at_C + n]
-                for i in range(BLOCK):
-                    h_n = exp(dt[i] * a[n, i]) * h[n, i] + x[i] * B_n
-                    h[n, i] = h_n
-                    out[i] += h_n * C_n
-            if use_z:
-                at_z = b * strides[2, 0] + t * strides[2, 1] + i0
+                    out[i] = skip[i] * x[i]
+                    x[i] *= dt[i]
+                at_B, at_C = b * strides[3, 0] + t * strides[3, 1], b * strides[4, 0] + t * strides[4, 1]
+                for n in range(N):
+                    B_n, C_n = B[at_B + n], C[at_C + n]
+                    for i in range(BLOCK):
+                        h_n = exp(dt[i] * a[n, i]) * h[n, i] + x[i] * B_n
+                        h[n, i] = h_n
+                        out[i] += h_n * C_n
+                if use_z:
+                    at_z = b * strides[2, 0] + t * strides[2, 1] + i0
+                    for i in range(width):
+                        gate[i] = z[at_z + i]
+                    for i in range(BLOCK):
+                        out[i] *= gate[i] * sigmoid(gate[i])
                 for i in range(width):
-                    gate[i] = z[at_z + i]
-                for i in range(BLOCK):
-                    out[i] *= gate[i] * sigmoid(gate[i])
-            for i in range(width):
-                y[b, t, i0 + i] = out[i]
-        for i in range(width):
+                    y[b, t, i0 + i] = out[i]
+    for task in range(first, last):
+        b, i0 = task // blocks, task % blocks * BLOCK
+        for i in range(min(BLOCK, I - i0)):
             for n in range(N):
-                final[b, i0 + i, n] = h[n, i]
+                final[b, i0 + i, n] = all_h[task - first, n, i]
 
 
 @njit(fastmath=FAST, **OPTIONS)
@@ -107,7 +113,12 @@ def backward(
     dtype = A.dtype
     zero = dtype.type(0)
     decay, h = np.zeros((chunk, N, BLOCK), dtype), np.zeros((chunk + 1, N, BLOCK), dtype)
-    a, g, sum_A = np.zeros((N, BLOCK), dtype), np.zeros((N, BLOCK), dtype), np.zeros((N, BLOCK), dtype)
+    count = last - first
+    all_a, all_g, all_A = (
+        np.zeros((count, N, BLOCK), dtype), np.zeros((count, N, BLOCK), dtype), np.zeros((count, N, BLOCK), dtype),
+    )  # fmt: skip
+    all_skip, all_shift = np.zeros((count, BLOCK), dtype), np.zeros((count, BLOCK), dtype)
+    all_D, all_bias = np.zeros((count, BLOCK), dtype), np.zeros((count, BLOCK), dtype)
     x, dt, slope = (
         np.zeros((chunk, BLOCK), dtype),
         np.zeros((chunk, BLOCK), dtype),
@@ -116,29 +127,27 @@ def backward(
     ug, gy = np.zeros((chunk, BLOCK), dtype), np.zeros((chunk, BLOCK), dtype)
     out, gate = np.zeros(BLOCK, dtype), np.zeros(BLOCK, dtype)
     gx, gdt = np.zeros(BLOCK, dtype), np.zeros(BLOCK, dtype)
-    skip, shift = np.zeros(BLOCK, dtype), np.zeros(BLOCK, dtype)
-    sum_D, sum_bias = np.zeros(BLOCK, dtype), np.zeros(BLOCK, dtype)
     for task in range(first, last):
-        b, block = task // blocks, task % blocks
-        i0 = block * BLOCK
-        width = min(BLOCK, I - i0)
-        for i in range(BLOCK):
-            sum_D[i] = sum_bias[i] = zero
+        b, i0 = task // blocks, task % blocks * BLOCK
+        for i in range(min(BLOCK, I - i0)):
+            all_skip[task - first, i], all_shift[task - first, i] = D[i0 + i], bias[i0 + i]
             for n in range(N):
-                sum_A[n, i] = zero
-        if width < BLOCK:  # lanes past the last channel would enter the sums over channels
-            for i in range(BLOCK):
-                for n in range(N):
-                    h[0, n, i] = a[n, i] = g[n, i] = zero
-                for s in range(chunk):
-                    ug[s, i] = gy[s, i] = zero
-        for i in range(width):
-            skip[i], shift[i] = D[i0 + i], bias[i0 + i]
-            for n in range(N):
-                g[n, i], a[n, i] = grad_final[b, i0 + i, n], A[n, i0 + i]
-        for k in range((T - 1) // chunk, -1, -1):
-            t0 = k * chunk
-            steps = min(chunk, T - t0)
+                all_g[task - first, n, i], all_a[task - first, n, i] = grad_final[b, i0 + i, n], A[n, i0 + i]
+    for k in range((T - 1) // chunk, -1, -1):
+        t0 = k * chunk
+        steps = min(chunk, T - t0)
+        for task in range(first, last):
+            b, block, j = task // blocks, task % blocks, task - first
+            i0 = block * BLOCK
+            width = min(BLOCK, I - i0)
+            a, g, sum_A, sum_D, sum_bias = all_a[j], all_g[j], all_A[j], all_D[j], all_bias[j]
+            skip, shift = all_skip[j], all_shift[j]
+            if width < BLOCK:  # lanes past the last channel would enter the sums over channels
+                for i in range(BLOCK):
+                    for n in range(N):
+                        h[0, n, i] = zero
+                    for s in range(chunk):
+                        ug[s, i] = gy[s, i] = zero
             for n in range(N):
                 for i in range(width):
                     h[0, n, i] = starts[b, k, n, i0 + i]
@@ -214,11 +223,12 @@ def backward(
                     sum_D[i] += gy[s, i] * ug[s, i]
                 for i in range(width):
                     grad_u[b, t, i0 + i], grad_delta[b, t, i0 + i] = gx[i], gdt[i]
-
-        for i in range(width):
-            grad_D[b, i0 + i], grad_bias[b, i0 + i] = sum_D[i], sum_bias[i]
+    for task in range(first, last):
+        b, i0, j = task // blocks, task % blocks * BLOCK, task - first
+        for i in range(min(BLOCK, I - i0)):
+            grad_D[b, i0 + i], grad_bias[b, i0 + i] = all_D[j, i], all_bias[j, i]
             for n in range(N):
-                grad_initial[b, i0 + i, n], grad_A[b, n, i0 + i] = g[n, i], sum_A[n, i]
+                grad_initial[b, i0 + i, n], grad_A[b, n, i0 + i] = all_g[j, n, i], all_A[j, n, i]
 
 
 @njit(fastmath=FAST, **OPTIONS)

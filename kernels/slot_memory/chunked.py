@@ -45,13 +45,14 @@ def slot_memory_chunked(
     bias = q.new_zeros(B, T, dtype=torch.float64) if written_strength is None else written_strength.double()
     if decay != 1.0:
         bias = bias - time.double() * math.log(decay)
+    fresh = _on_cpu(q) and bool(strength.isneginf().all())
     before, written = places, None  # [B, T] writes before each token, [B] in all
     if write is not None:
         before, written = write.cumsum(1) - write.long(), write.sum(1)
         order = _written_first(write, written)
         k, v, bias = _rows(k, order), _rows(v, order), bias.gather(1, order)
     k = unit(k)
-    if rate != 1.0:
+    if averaged := rate != 1.0 and not (fresh and k.shape[2] <= M):  # into empty slots they are copied
         k, v = _averages(key, value, k, v, strength, rate)
     # E, with room after the end for the last windows
     room = C + n * C - T
@@ -59,7 +60,7 @@ def slot_memory_chunked(
     bias = torch.cat([strength.double(), bias], 1)  # [B, M + N]
     new_state = _last_slots(keys, values, bias[:, None, :, None], k.shape[2], M, written)
     new_state[2] = new_state[2][:, 0, :, 0]
-    keys = keys if rate == 1.0 else unit(keys)
+    keys = unit(keys) if averaged else keys
     if decay != 1.0:
         elapsed = T if mask is None else mask.sum(1, keepdim=True).double()
         new_state[2] = new_state[2] + elapsed * math.log(decay)
@@ -69,7 +70,7 @@ def slot_memory_chunked(
         before = torch.cat([before, before[:, -1:].expand(B, n * C - T)], 1)
     base = time[:, ::C].double() * -math.log(decay)
     y, peak, spread = attention(
-        q.reshape(B, H, n, C, -1), keys, values, bias, base, before.reshape(B, n, C), M, top_k or 0, entropy
+        q.reshape(B, H, n, C, -1), keys, values, bias, base, before.reshape(B, n, C), M, top_k or 0, entropy, fresh
     )
     reads = [x.flatten(2, 3) for x in (y, peak, spread)]
     if n * C > T:
@@ -79,10 +80,15 @@ def slot_memory_chunked(
     return *reads, *new_state[:2], new_state[2].to(strength.dtype)
 
 
+def _on_cpu(x: Tensor) -> bool:
+    """Where looking at a value costs nothing."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def _written_first(write: Tensor, written: Tensor) -> Tensor:
     """[B, N]: the tokens of each row that are written, in order, then others; N is the longest row's number."""
     N = write.shape[1]
-    if write.device.type == "cpu" and not torch.compiler.is_compiling():
+    if _on_cpu(write):
         N = int(written.max())
     return (~write).to(torch.int8).argsort(dim=1, stable=True)[:, :N]
 

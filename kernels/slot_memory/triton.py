@@ -211,10 +211,11 @@ def triton_attention(
     num_slots: int,
     top_k: int,
     entropy: bool,
+    fresh: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `slot_attention`, which it calls for what the kernel does not serve."""
     if not fits(q.shape[-1], v.shape[-1], top_k, entropy):
-        return slot_attention(q, k, v, bias, base, offset, num_slots, top_k, entropy)
+        return slot_attention(q, k, v, bias, base, offset, num_slots, top_k, entropy, fresh)
     n, C = q.shape[2:4]
     halves = 2 if C % 2 == 0 and C * max(q.shape[-1], v.shape[-1]) > 4096 else 1
     if halves > 1:

@@ -121,6 +121,7 @@ class DualMemoryBlock(GradientCheckpointingLayer):
 class DualMemoryPreTrainedModel(MemoryPreTrainedModel):
     config: DualMemoryConfig
     _no_split_modules = ["DualMemoryBlock"]
+    _keep_in_fp32_modules = ["dt_proj"]  # read as a matrix: quantization leaves alone what is listed here
     _can_record_outputs = {"hidden_states": DualMemoryBlock}
 
     @torch.no_grad()

@@ -15,12 +15,15 @@ from transformers.modeling_layers import GenericForSequenceClassification, Gradi
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.utils.output_capturing import OutputRecorder
 
+from memzoo.kernels.maru_step import BlockState, BlockWeights, maru_step
 from memzoo.modeling.backbone import MemoryBackbone, MemoryCausalLM, MemoryPreTrainedModel
 from memzoo.modeling.cache import MemoryCache, MemoryGenerationMixin
 from memzoo.modeling.maru.configuration_maru import MaruConfig
 from memzoo.modeling.memory_gru import MemoryCell, ParallelMemoryGRU, RouterBalance, SequentialMemoryGRU
+from memzoo.modeling.norm import RMSNorm
 from memzoo.modeling.state_space import SelectiveStateSpace
 from memzoo.modeling.statistics import router_statistics, slot_statistics
+from memzoo.modeling.untouched import untouched
 
 
 @dataclass
@@ -45,7 +48,7 @@ class MaruBlock(GradientCheckpointingLayer):
     def __init__(self, config: MaruConfig, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx = layer_idx
-        self.mixer_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mixer_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mixer = SelectiveStateSpace(
             config.hidden_size,
             config.state_size,
@@ -56,7 +59,7 @@ class MaruBlock(GradientCheckpointingLayer):
             config.time_step_max,
             config.use_bias,
         )
-        self.cell_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.cell_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.cell = (ParallelMemoryGRU if config.recurrence == "parallel" else SequentialMemoryGRU)(config)
         self.out_proj = nn.Linear(config.cell_size, config.hidden_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
@@ -69,6 +72,11 @@ class MaruBlock(GradientCheckpointingLayer):
         output_memory_writes: bool = False,
     ) -> Tensor:
         state = past_key_values.read(self.layer_idx) if past_key_values is not None else {}
+        if state and mask is None and hidden_states.shape[1] == 1 and not output_memory_writes:
+            stepped = self._step(hidden_states[:, 0], state)
+            if stepped is not None:
+                past_key_values.write(self.layer_idx, stepped[1], new_tokens=1)
+                return stepped[0][:, None]
         mixed, mixer_state = self.mixer(self.mixer_norm(hidden_states), state, mask)
         hidden_states = hidden_states + mixed
         x = self.dropout(self.cell_norm(hidden_states))
@@ -76,6 +84,25 @@ class MaruBlock(GradientCheckpointingLayer):
         if past_key_values is not None:
             past_key_values.write(self.layer_idx, {**mixer_state, **cell_state}, new_tokens=hidden_states.shape[1])
         return hidden_states + self.dropout(self.out_proj(h))
+
+    def _step(self, hidden_states: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]] | None:
+        """One token [B, D] in one compiled pass, or None where that is not possible."""
+        parts = self._modules
+        norms, out_proj = (parts["mixer_norm"], parts["cell_norm"]), parts["out_proj"]
+        plain = untouched(parts["mixer"], SelectiveStateSpace) and untouched(parts["cell"], ParallelMemoryGRU)
+        plain = plain and untouched(out_proj, nn.Linear) and all(untouched(norm, RMSNorm) for norm in norms)
+        if self.training or not plain:
+            return None
+        mixer, cell = parts["mixer"].weights(), parts["cell"].weights()
+        if mixer is None or cell is None:
+            return None
+        x_proj, x_bias, cell, router_bias, options = cell
+        weights = BlockWeights(
+            norms[0].weight, mixer, norms[1].weight, x_proj, x_bias, cell, router_bias, out_proj.weight
+        )
+        states = BlockState(state["conv"], state["ssm"], state["h"], state["banks"])
+        stepped = maru_step(self, hidden_states, weights, states, norms[0].eps, **options)
+        return None if stepped is None else (stepped[0], stepped[1]._asdict())
 
 
 class MaruPreTrainedModel(MemoryPreTrainedModel):
@@ -119,7 +146,7 @@ class MaruModel(MemoryBackbone, MaruPreTrainedModel):
         self.embed_proj = nn.Identity() if same else nn.Linear(config.embedding_size, config.hidden_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(MaruBlock(config, i) for i in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 

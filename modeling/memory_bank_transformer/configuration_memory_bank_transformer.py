@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 
+from memzoo.modeling.bank_tiers import tier_configs
 from memzoo.modeling.configuration import MemoryModelConfig
 
 _PLACES = {"first_k": 5, "last_k": 5, "every_n": 3}  # first values of memory_placement_k
@@ -28,6 +29,8 @@ class MemoryBankTransformerConfig(MemoryModelConfig):
         memory_layers: of "custom": layer numbers, negative ones from the end.
         memory_sharing: one bank for all memory layers, one each, or one for every memory_group_size of them
             ("group"; the original says "every_k_layers").
+        memory_tiers: several kinds of banks in one model: a dict for each with the memory fields in which it differs
+            from the model's. A layer adds up what it reads of all of them; `tiers` are their configurations.
         memory_block_variant: "A" reads the memory between attention and feed-forward, "B" after the feed-forward,
             followed by a second one.
         memory_bank_type, memory_bank_rank: "standard" N x d, "factorized" N x r times r x d, or "reduced" N x r, read
@@ -108,6 +111,7 @@ class MemoryBankTransformerConfig(MemoryModelConfig):
     memory_layers: list[int] | None = None
     memory_sharing: Literal["shared", "per_layer", "group", "every_k_layers"] = "shared"
     memory_group_size: int = 2
+    memory_tiers: list[dict[str, Any]] | None = None
     memory_block_variant: Literal["A", "B"] = "A"
     memory_bank_type: Literal["standard", "factorized", "reduced"] = "standard"
     memory_bank_rank: int = 64
@@ -151,6 +155,11 @@ class MemoryBankTransformerConfig(MemoryModelConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         self._take_switches(kwargs)
         self.take_mapped(kwargs)
+        if self.memory_tiers is not None:
+            self.memory_tiers = [
+                {self.attribute_map.get(name, name): value for name, value in tier.items()}
+                for tier in self.memory_tiers
+            ]
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.memory_dim = self.memory_dim or self.hidden_size
         if self.memory_num_heads is None:
@@ -185,6 +194,11 @@ class MemoryBankTransformerConfig(MemoryModelConfig):
             self.memory_quantization = {8: "int8", 4: "int4"}.get(bits, bits)
 
     @property
+    def tiers(self) -> list["MemoryBankTransformerConfig"]:
+        """A configuration for each kind of bank that the model has: this one, without memory_tiers."""
+        return tier_configs(self)
+
+    @property
     def memory_width(self) -> int:
         """Width of the memory's attention."""
         return self.memory_bank_rank if self.memory_bank_type == "reduced" else self.memory_dim or self.hidden_size
@@ -206,7 +220,12 @@ class MemoryBankTransformerConfig(MemoryModelConfig):
         self.at_least_one("memory_num_heads", "memory_num_key_value_heads", "memory_group_size", "memory_block_size")
         self.at_least_one("memory_num_chapters", "memory_top_k_chapters", "memory_bank_rank")
         self.divides(("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads"))
-        self.divides(("memory_num_heads", "memory_num_key_value_heads"), ("memory_num_tokens", "memory_num_chapters"))
+        self.divides(("memory_num_heads", "memory_num_key_value_heads"))
+        if self.memory_num_tokens % self.memory_num_chapters:
+            raise ValueError(
+                f"memory_num_tokens {self.memory_num_tokens} is not a multiple of memory_num_chapters "
+                f"{self.memory_num_chapters}; every chapter has the same size"
+            )
         if self.memory_width % self.memory_num_heads:
             raise ValueError(f"memory_num_heads {self.memory_num_heads} does not divide the width {self.memory_width}")
         for name in ("sliding_window", "memory_placement_k", "memory_projection_rank"):
@@ -236,6 +255,8 @@ class MemoryBankTransformerConfig(MemoryModelConfig):
         for name in ("dropout", "memory_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")
+        if self.memory_tiers is not None:
+            tier_configs(self)
 
 
 __all__ = ["MemoryBankTransformerConfig"]

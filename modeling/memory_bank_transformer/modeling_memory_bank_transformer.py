@@ -3,8 +3,9 @@
 A: x = x + Attention(norm x);  x = x + Read(norm x);  x = x + SwiGLU(norm x)
 B: x = x + Attention(norm x);  x = x + SwiGLU(norm x);  x = x + Read(norm x);  x = x + SwiGLU_2(norm x)
 
-The banks are parameters, shared between layers or not; what a sequence leaves behind is the self-attention's keys and
-values and what the router pools.
+Read is the sum over the tiers of banks that are placed at the layer, one unless there are `memory_tiers`. The banks
+are parameters, shared between layers or not; what a sequence leaves behind is the self-attention's keys and values and
+what the routers pool.
 """
 
 from typing import Any
@@ -20,6 +21,7 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from memzoo.modeling.attention import CausalSelfAttention
 from memzoo.modeling.backbone import MemoryBackbone, MemoryCausalLM, MemoryPreTrainedModel
+from memzoo.modeling.bank_tiers import bank_of_layer
 from memzoo.modeling.cache import MemoryCache, MemoryGenerationMixin
 from memzoo.modeling.chapter_router import ChapterRouter, choose, router_losses
 from memzoo.modeling.memory_bank import MemoryBank, MemoryRead
@@ -62,9 +64,16 @@ def build_bank(config: MemoryBankTransformerConfig) -> MemoryBank:
 
 
 class MemoryBankTransformerBlock(GradientCheckpointingLayer):
-    def __init__(self, config: MemoryBankTransformerConfig, layer_idx: int, bank_idx: int | None) -> None:
+    """`sources` are the banks that the layer reads: their tiers' configurations, and their places in the model."""
+
+    def __init__(
+        self,
+        config: MemoryBankTransformerConfig,
+        layer_idx: int,
+        sources: list[tuple[MemoryBankTransformerConfig, int]],
+    ) -> None:
         super().__init__()
-        self.layer_idx, self.bank_idx = layer_idx, bank_idx
+        self.layer_idx, self.bank_indices = layer_idx, [index for _, index in sources]
         D, eps = config.hidden_size, config.rms_norm_eps
         self.attention_norm = nn.RMSNorm(D, eps)
         self.attention = CausalSelfAttention(
@@ -78,10 +87,10 @@ class MemoryBankTransformerBlock(GradientCheckpointingLayer):
         self.mlp_norm = nn.RMSNorm(D, eps)
         self.mlp = GatedMLP(D, config.intermediate_size)
         self.dropout = nn.Dropout(config.dropout)
-        self.memory, self.read_first = None, config.memory_block_variant == "A"
-        if bank_idx is not None:
-            self.memory_norm, self.memory = nn.RMSNorm(D, eps), build_read(config)
-            if not self.read_first:
+        self.memory, self.variant = nn.ModuleList(build_read(tier) for tier, _ in sources), config.memory_block_variant
+        if sources:
+            self.memory_norm = nn.RMSNorm(D, eps)
+            if self.variant == "B":
                 self.second_mlp_norm, self.second_mlp = nn.RMSNorm(D, eps), GatedMLP(D, config.intermediate_size)
         self.checkpoint_memory = config.memory_gradient_checkpointing
 
@@ -94,16 +103,15 @@ class MemoryBankTransformerBlock(GradientCheckpointingLayer):
         prompt_lengths: Tensor | None = None,
     ) -> Tensor:
         state = past_key_values.read(self.layer_idx) if past_key_values is not None else {}
-        own = {name: x for name, x in state.items() if name.startswith(("router", "prompt"))}
-        attention_state = {name: x for name, x in state.items() if name not in own}
+        attention_state = {name: x for name, x in state.items() if not name.startswith("memory.")}
         y, new_state = self.attention(self.attention_norm(hidden_states), attention_state, mask)
         hidden_states = hidden_states + self.dropout(y)
-        if self.memory is not None and self.read_first:
-            hidden_states, memory_state = self.read(hidden_states, banks, own, mask, prompt_lengths)
+        if self.memory and self.variant == "A":
+            hidden_states, memory_state = self.read(hidden_states, banks, state, mask, prompt_lengths)
             new_state = {**new_state, **memory_state}
         hidden_states = hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
-        if self.memory is not None and not self.read_first:
-            hidden_states, memory_state = self.read(hidden_states, banks, own, mask, prompt_lengths)
+        if self.memory and self.variant == "B":
+            hidden_states, memory_state = self.read(hidden_states, banks, state, mask, prompt_lengths)
             new_state = {**new_state, **memory_state}
             hidden_states = hidden_states + self.dropout(self.second_mlp(self.second_mlp_norm(hidden_states)))
         if past_key_values is not None:
@@ -118,13 +126,18 @@ class MemoryBankTransformerBlock(GradientCheckpointingLayer):
         mask: Tensor | None,
         prompt_lengths: Tensor | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """x + Read(norm x), and the router's new state."""
-        arguments = (self.memory_norm(x), banks[self.bank_idx], state, mask, prompt_lengths)
-        if self.checkpoint_memory and self.training and torch.is_grad_enabled():
-            y, new_state, _ = checkpoint(self.memory, *arguments, use_reentrant=False)
-        else:
-            y, new_state, _ = self.memory(*arguments)
-        return x + self.dropout(y), new_state
+        """x + sum_i Read_i(norm x), and the routers' new states, `memory.i.<name>`."""
+        again = self.checkpoint_memory and self.training and torch.is_grad_enabled()
+        query = self.memory_norm(x)
+        new_state: dict[str, Tensor] = {}
+        for i, (memory, index) in enumerate(zip(self.memory, self.bank_indices)):
+            place = f"memory.{i}."
+            own = {name.removeprefix(place): s for name, s in state.items() if name.startswith(place)}
+            arguments = (query, banks[index], own, mask, prompt_lengths)
+            y, own, _ = checkpoint(memory, *arguments, use_reentrant=False) if again else memory(*arguments)
+            x = x + self.dropout(y)
+            new_state |= {place + name: s for name, s in own.items()}
+        return x, new_state
 
 
 class MemoryBankTransformerPreTrainedModel(MemoryPreTrainedModel):
@@ -134,6 +147,14 @@ class MemoryBankTransformerPreTrainedModel(MemoryPreTrainedModel):
         "hidden_states": MemoryBankTransformerBlock,
         "router_logits": OutputRecorder(MemoryRead, index=2),
     }
+
+    def __init__(self, config: MemoryBankTransformerConfig) -> None:
+        super().__init__(config)
+        # read as matrices, or in float: quantization leaves these alone, as it does whatever is listed here
+        tiers = [tier for tier in config.tiers if tier.memory_layer_indices]
+        names = ["k_proj", "v_proj"] if tiers else []
+        names += ["router.*"] if any(tier.memory_num_chapters > 1 for tier in tiers) else []
+        self._keep_in_fp32_modules = [rf".*memory\.\d+\.{name}" for name in names]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -154,13 +175,16 @@ class MemoryBankTransformerModel(MemoryBackbone, MemoryBankTransformerPreTrained
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.dropout = nn.Dropout(config.dropout)
-        readers = config.memory_layer_indices
-        span = {"shared": max(len(readers), 1), "per_layer": 1, "group": config.memory_group_size}
-        bank_of = {layer: i // span[config.memory_sharing] for i, layer in enumerate(readers)}
-        self.memory_banks = nn.ModuleList(build_bank(config) for _ in set(bank_of.values()))
-        self.layers = nn.ModuleList(
-            MemoryBankTransformerBlock(config, i, bank_of.get(i)) for i in range(config.num_hidden_layers)
-        )
+        self.memory_banks, self.tier_of_bank = nn.ModuleList(), []  # those of a tier stand together
+        sources: list[list[tuple[MemoryBankTransformerConfig, int]]] = [[] for _ in range(config.num_hidden_layers)]
+        for number, tier in enumerate(config.tiers):
+            first, bank_of = len(self.memory_banks), bank_of_layer(tier)
+            for layer, i in bank_of.items():
+                sources[layer].append((tier, first + i))
+            for _ in set(bank_of.values()):
+                self.memory_banks.append(build_bank(tier))
+                self.tier_of_bank.append(number)
+        self.layers = nn.ModuleList(MemoryBankTransformerBlock(config, i, read) for i, read in enumerate(sources))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
@@ -213,7 +237,7 @@ class MemoryBankTransformerForCausalLM(MemoryCausalLM, MemoryBankTransformerPreT
         "prompt" routing; pass them with the first tokens of a sequence.
         """
         wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
-        training = self.training and labels is not None and self.config.memory_num_chapters > 1
+        training = self.training and labels is not None and any(read.router is not None for read in self.reads())
         out = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -235,55 +259,80 @@ class MemoryBankTransformerForCausalLM(MemoryCausalLM, MemoryBankTransformerPreT
             out.router_logits = None
         return out
 
+    def reads(self) -> list[MemoryRead]:
+        """What reads a bank, layer by layer, and within a layer tier by tier."""
+        return [read for layer in self.model.layers for read in layer.memory]
+
     def router_loss(self, router_logits: tuple[Tensor, ...]) -> Tensor:
-        """The weighted sum of the routers' losses, each a mean over the memory layers."""
-        config = self.config
-        router = next(layer.memory.router for layer in self.model.layers if layer.memory is not None)
-        trained = self.training and torch.is_grad_enabled() and router.gate.weight.requires_grad
+        """The weighted sum of the routers' losses, each a mean over the routers."""
+        config, routers = self.config, [read.router for read in self.reads() if read.router is not None]
+        trained = self.training and torch.is_grad_enabled() and routers[0].gate.weight.requires_grad
         if trained and not router_logits[0].requires_grad:
             raise RuntimeError(
                 "the router's logits have no gradient, so its losses would not train it; "
                 'use gradient_checkpointing_kwargs={"use_reentrant": False}'
             )
-        balance, variance, z = router_losses(router_logits, router.halves, router.top_k)
-        coefficients = (config.router_aux_loss_coef, config.router_variance_loss_coef, config.router_z_loss_coef)
-        return (torch.stack([balance, variance, z]) * balance.new_tensor(coefficients)).sum()
+        losses = [router_losses((x,), router.halves, router.top_k) for x, router in zip(router_logits, routers)]
+        balance, variance, z = (torch.stack(kind).mean() for kind in zip(*losses))
+        return (
+            config.router_aux_loss_coef * balance
+            + config.router_variance_loss_coef * variance
+            + config.router_z_loss_coef * z
+        )
 
     def swap_memory_bank(self, bank: MemoryBank, index: int = 0) -> MemoryBank:
-        """Read another bank from now on, and return the one that was there.
+        """Read another bank from now on in place of `model.memory_banks[index]`, which is returned.
 
         Raises:
-            ValueError: the bank is of another width or has other chapters, or of another kind than the model's others.
+            ValueError: the bank is of another width or has other chapters, or of another kind than others of its tier.
         """
         banks: Any = self.model.memory_banks
-        old, config = banks[index], self.config
+        tiers: Any = self.model.tier_of_bank
+        if not 0 <= index < len(banks):
+            raise ValueError(f"there is no memory bank {index}: this model has {len(banks)}")
+        old, tier = banks[index], tiers[index]
         if bank.width != old.width or bank.num_chapters != old.num_chapters:
             raise ValueError(
                 f"the new bank has {bank.num_chapters} chapters of tokens {bank.width} wide; this model reads "
                 f"{old.num_chapters} chapters of tokens {old.width} wide"
             )
         new, present = bank.description(), old.description()
-        if new != present and len(banks) > 1:
+        if new != present and tiers.count(tier) > 1:
             differs = ", ".join(
                 f"{name} {x!r} instead of {present[name]!r}" for name, x in new.items() if x != present[name]
             )
-            raise ValueError(f"all banks of a model are of one kind; this one has {differs}")
+            kind = "model" if self.config.memory_tiers is None else "tier"
+            raise ValueError(f"all banks of a {kind} are of one kind; this one has {differs}")
         banks[index] = bank
-        config.memory_num_tokens, config.memory_bank_type = bank.num_memory_tokens, bank.bank_type
-        config.memory_bank_rank = new["bank_rank"] or config.memory_bank_rank
-        config.memory_dim = max(bank.width, config.memory_dim or 0) if bank.bank_type == "reduced" else bank.width
-        config.memory_quantization, config.memory_quantization_aware = new["quantization"], new["quantization_aware"]
+        config = self.config.tiers[tier]
+        now = {
+            "memory_num_tokens": bank.num_memory_tokens,
+            "memory_bank_type": bank.bank_type,
+            "memory_bank_rank": new["bank_rank"] or config.memory_bank_rank,
+            "memory_dim": max(bank.width, config.memory_dim or 0) if bank.bank_type == "reduced" else bank.width,
+            "memory_quantization": new["quantization"],
+            "memory_quantization_aware": new["quantization_aware"],
+        }
+        if self.config.memory_tiers is None:
+            for name, value in now.items():
+                setattr(self.config, name, value)
+        else:
+            heads = ("memory_num_heads", "memory_num_key_value_heads")
+            now |= {name: getattr(config, name) for name in heads}
+            self.config.memory_tiers = [
+                own | now if i == tier else own for i, own in enumerate(self.config.memory_tiers)
+            ]
         return old
 
     def get_memory_stats(
         self, input_ids: torch.LongTensor, attention_mask: Tensor | None = None
     ) -> list[dict[str, float]]:
-        """What the memory does with a text, a dict a memory layer; pads do not count.
+        """What the memory does with a text, a dict for each of `reads()`; pads do not count.
 
         `activation` is the mean norm of what is read relative to the layer's input; with chapters, the statistics of
         `router_statistics` and `chapters_used`, the share of the routed chapters that any token chose.
         """
-        reads = [layer.memory for layer in self.model.layers if layer.memory is not None]
+        reads = self.reads()
         with record_calls(reads) as calls:
             self.observe(input_ids, attention_mask)
         stats = []

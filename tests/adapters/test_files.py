@@ -56,6 +56,18 @@ def test_save_and_load(options, tokens, tmp_path, make_base, make_adapted):
     )
 
 
+def test_an_adapter_saved_before_a_field_was_there(tokens, tmp_path, make_base, make_adapted):
+    """What is missing in its configuration has the default, which computes what was computed then."""
+    model = make_adapted(num_heads=4)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    values = json.loads(path.read_text())
+    del values["num_key_value_heads"]
+    path.write_text(json.dumps(values))
+    assert torch.equal(logits(PeftModel.from_pretrained(make_base(), tmp_path), tokens), logits(model, tokens))
+    assert model.get_submodule("base_model.model.model.layers.0.memzoo.memzoo_blocks.default").memory.kv_heads == 1
+
+
 class AutoPeft:
     @staticmethod
     def base(folder):

@@ -92,7 +92,7 @@ def test_a_cache_of_another_batch_is_refused(tokens, make_adapted):
     model(input_ids=tokens, past_key_values=cache)
     with pytest.raises(ValueError, match="holds 2 sequences and the input has 1"), torch.no_grad():
         layer = model.base_model.model.model.layers[0]
-        layer.memzoo._call.cache = cache
+        layer.memzoo._now.call.cache = cache
         layer.post_attention_layernorm(torch.zeros(1, 1, 16))
     with pytest.raises(RuntimeError, match="cannot be rolled back"):
         cache.crop(-2)

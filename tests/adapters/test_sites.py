@@ -42,12 +42,12 @@ def mean_read(x, layer, bank):
     return memory.o_proj(torch.cat(out, -1))
 
 
-@pytest.mark.parametrize("heads", [2, 4])
+@pytest.mark.parametrize("heads", [{"num_heads": 2}, {"num_heads": 4}, {"num_heads": 4, "num_key_value_heads": 2}])
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "olmo2", "phi3"])
 @pytest.mark.parametrize("variant", ["A", "B"])
 def test_equations(kind, variant, heads, tokens, make_base, make_adapted):
     base = make_base(kind, torch.float64)
-    model = make_adapted(base, block_variant=variant, num_heads=heads)
+    model = make_adapted(base, block_variant=variant, **heads)
     layer = base.model.layers[1]
     x = torch.randn(2, 5, 16, dtype=torch.float64)
 
@@ -123,6 +123,9 @@ def test_other_architectures_are_refused_unless_the_sites_are_named(tokens, make
         ({"num_chapters": 4, "num_shared_chapters": 3, "top_k_chapters": 2}, "num_chapters 4 less num_shared_.* 3"),
         ({"num_chapters": 3}, "num_chapters 3 does not divide num_memory_tokens 8"),
         ({"routing": "prefix"}, "num_chapters is 1"),
+        ({"num_heads": 4, "num_key_value_heads": 3}, "num_key_value_heads 3 does not divide num_heads 4"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads must be at least 1, not 0"),
+        ({"memory_type": "neural", "num_key_value_heads": 2}, "num_key_value_heads 2 belongs to banks"),
         ({"num_heads": 3}, "num_heads 3 does not divide the memory's width 16"),
         ({"bank_type": "reduced", "bank_rank": 32}, "bank_rank 32 is more than the base's hidden size 16"),
         ({"bank_type": "reduced", "bank_rank": 3}, "num_heads 2 does not divide bank_rank 3"),
@@ -152,4 +155,5 @@ def test_every_option_is_read(make_adapted):
     assert count(bank_type="reduced", bank_rank=4) < full / 3
     assert count(num_memory_tokens=10) == full + 3 * 2 * 16
     assert count(num_heads=4) < full  # they share a head of keys and values
+    assert count(num_heads=4, num_key_value_heads=2) == full  # half as wide as with two heads, and twice as many
     assert MemoryConfig(dropout=0.5).dropout == 0.5

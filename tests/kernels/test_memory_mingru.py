@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from memzoo.kernels.memory_mingru import MemoryMinGRUWeights, memory_mingru, split_sizes
+from memzoo.kernels.memory_mingru import MemoryMinGRUWeights, memory_mingru, mingru, split_sizes
 
 B, K, S, M, R, H = 2, 3, 5, 4, 6, 7
 
@@ -122,3 +122,25 @@ def test_wrong_width_is_refused():
     with pytest.raises(ValueError, match=rf"x is \[2, 3, {width - 1}\], expected \[B, T, {width}\]"):
         memory_mingru(x[..., 1:], *rest)
     assert math.isclose(width, R + 3 * M + 4 + 2 * H)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("T", [1, 2, 37])
+def test_mingru_agrees_with_its_loop(T, masked):
+    gates, h0 = torch.randn(B, T, 140, dtype=torch.float64), torch.randn(B, 70, dtype=torch.float64)
+    tensors = [gates.requires_grad_(), h0.requires_grad_()]
+    mask = torch.rand(B, T) > 0.4 if masked else None
+    h, steps = h0, []
+    for t in range(T):
+        z, n = gates[:, t].chunk(2, dim=-1)
+        new = (1 - z.sigmoid()) * h + z.sigmoid() * n.tanh()
+        h = new if mask is None else torch.where(mask[:, t, None], new, h)
+        steps.append(h)
+    expected = (torch.stack(steps, dim=1), h)
+    got = mingru(gates, h0, mask)
+    weights = [torch.randn_like(x) for x in got]
+    gradients = [
+        torch.autograd.grad(sum((x * w).sum() for x, w in zip(out, weights)), tensors) for out in (got, expected)
+    ]
+    for x, y in zip((*got, *gradients[0]), (*expected, *gradients[1])):
+        torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-12)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from memzoo.kernels.slot_memory import SlotState, empty_slots, slot_memory, slot_weights
 
 B, H, DK, DV = 2, 2, 3, 5
+NEW = -1  # no slot of any row is filled
 
 
 def tokens(T: int) -> list[torch.Tensor]:
@@ -17,10 +18,10 @@ def tokens(T: int) -> list[torch.Tensor]:
 
 
 def filled(M: int, slots: int) -> SlotState:
-    """A state with `slots` filled slots in the first row, one more in the second."""
+    """A state with `slots` filled slots in the first row, one more in the second; none with NEW."""
     key, value, strength = empty_slots(B, H, M, DK, DV, torch.float64, "cpu")
     for b in range(B):
-        new = slice(M - min(slots + b, M), M)
+        new = slice(M - min(max(slots + b, 0), M), M)
         key[b, :, new] = F.normalize(torch.randn_like(key[b, :, new]), dim=-1)
         value[b, :, new] = torch.randn_like(value[b, :, new])
         strength[b, new] = 0.3 * torch.randn_like(strength[b, new])
@@ -42,7 +43,10 @@ def results(leaves, state, rate, **options):
 @pytest.mark.parametrize("top_k", [None, 2])
 @pytest.mark.parametrize(("rate", "decay"), [(1.0, 1.0), (0.4, 0.9)])
 @pytest.mark.parametrize(("gated", "masked"), [(False, False), (True, False), (False, True), (True, True)])
-@pytest.mark.parametrize(("T", "M", "slots"), [(1, 4, 0), (1, 3, 3), (2, 2, 1), (40, 3, 0), (70, 16, 20), (67, 70, 9)])
+@pytest.mark.parametrize(
+    ("T", "M", "slots"),
+    [(1, 4, 0), (1, 3, 3), (2, 2, 1), (40, 3, 0), (70, 16, 20), (67, 70, 9), (66, 5, NEW), (20, 30, NEW)],
+)
 def test_agrees_with_the_loop(T, M, slots, gated, masked, rate, decay, top_k):
     leaves, state = tokens(T), filled(M, slots)
     write = torch.rand(B, T) > 0.6 if gated else None

@@ -112,6 +112,26 @@ def test_small_epsilon_is_the_exact_assignment(S, M):
             assert tuple(plan.argmax(1).tolist()) == choices[int(costs.argmin())]
 
 
+@pytest.mark.parametrize(("S", "M"), [(16, 16), (24, 64), (64, 64)])
+def test_larger_plans_cost_no_more_than_an_exact_solver_finds(S, M):
+    """The cost of the exact assignment bounds the plan's from below, entropy from above."""
+    solver = pytest.importorskip("scipy.optimize")
+    keys, prototypes = (F.normalize(torch.randn(n, 16, dtype=torch.float64), dim=-1) for n in (S, M))
+    cost = 1 - keys @ prototypes.T
+    rows, columns = solver.linear_sum_assignment(cost.numpy())
+    best = cost[rows, columns].sum()
+    costs = []
+    for epsilon in (0.1, 0.03):
+        plan = sinkhorn(cost, torch.ones(S, dtype=torch.float64), epsilon, iterations=3000)
+        torch.testing.assert_close(plan.sum(1), torch.ones(S, dtype=torch.float64), rtol=0, atol=2e-3)
+        assert (plan.sum(0) <= 1 + 1e-12).all()
+        costs.append((plan * cost).sum())
+        assert best - 5e-3 <= costs[-1] <= best + epsilon * S * torch.tensor(float(M)).log()
+    assert costs[1] - best < 0.6 * (costs[0] - best)  # it closes as the entropy's share falls
+    plan = sinkhorn(cost, torch.ones(S, dtype=torch.float64), 0.004, iterations=6000)
+    assert (plan.argmax(1).numpy() == columns).mean() > 0.9
+
+
 def test_masses_are_met():
     cost, mass = 2 * torch.rand(5, 4, 9, dtype=torch.float64), torch.rand(5, 4, dtype=torch.float64)
     mass[:, 1] = 0

@@ -50,6 +50,9 @@ _CHAPTERS = {"memory_num_chapters": 6, "memory_top_k_chapters": 2, "memory_block
 _SHARED = {"memory_num_shared_chapters": 1, "memory_mixing": "separate", "memory_routed_scaling_factor": 0.7}
 _REDUCED = {"memory_bank_type": "reduced", "memory_bank_rank": 8, "memory_sharing": "group"}
 _FACTORIZED = {"memory_bank_type": "factorized", "memory_bank_rank": 5, "memory_projection_rank": 6}
+_COARSE = {"memory_num_chapters": 6, "memory_num_shared_chapters": 1, "memory_routing": "prefix"}
+_FINE = {"memory_num_chapters": 12, "memory_top_k_chapters": 3, "memory_routing": "block", "memory_block_size": 5}
+_FINE |= {"memory_num_tokens": 36, "memory_placement": "last_k", "memory_placement_k": 1, "memory_dim": 8}
 _VARIANT_B = {"memory_block_variant": "B", "memory_sharing": "per_layer"}
 
 TABLE = {
@@ -92,6 +95,7 @@ TABLE = {
     ),
     "memory-bank-int8": Row("memory_bank_transformer", {**_BANKS, **_CHAPTERS, "memory_quantization": "int8"}),
     "memory-bank-int4": Row("memory_bank_transformer", {**_BANKS, **_FACTORIZED, "memory_quantization": "int4"}),
+    "memory-bank-tiers": Row("memory_bank_transformer", {**_BANKS, "memory_tiers": [_COARSE, _FINE]}),
     "memory-bank-none": Row("memory_bank_transformer", {**_BANKS, "memory_placement": "none"}),
     "neural-memory-transformer": Row("neural_memory_transformer", _NEURAL),
     "neural-memory-transformer-linear": Row("neural_memory_transformer", {**_NEURAL, **_LINEAR_WIDTH, **_RULE}),

@@ -56,6 +56,22 @@ def test_what_was_written_is_found():
 
 
 @torch.no_grad()
+def test_context_decides_the_gates_and_the_surprise_and_not_what_is_found():
+    memory, x = build(num_heads=3), torch.randn(2, 8, D, dtype=torch.float64)
+    _, state = memory(x[:, :6], {})
+    before = {name: value.clone() for name, value in state.items()}
+    key, context = x[:, 6], x[:, 7]
+    alone, beside = memory.read(key, state), memory.read(key, state, context)
+    assert torch.equal(alone.fast, beside.fast) and torch.equal(alone.deep_weights, beside.deep_weights)
+    assert not torch.allclose(alone.confidence, beside.confidence) and not torch.allclose(alone.value, beside.value)
+    (plain, surprised), (other, report) = memory.write(key, key, state), memory.write(key, key, state, context=context)
+    assert torch.equal(plain["fast_key"], other["fast_key"]) and not torch.equal(surprised.surprise, report.surprise)
+    torch.testing.assert_close(other["surprise_mean"], memory.write(context, key, state)[0]["surprise_mean"])
+    torch.testing.assert_close(report.value_norm, memory.value_proj(key).norm(dim=-1))
+    assert all(torch.equal(state[name], value) for name, value in before.items()), "a state is a value"
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("assignment", ["ring", "sinkhorn"])
 def test_apply_decay_is_the_decay_of_tokens(assignment):
     memory, x = build(decay=0.8, assignment=assignment), torch.randn(1, 6, D, dtype=torch.float64)

@@ -9,7 +9,7 @@ import torch
 from memzoo import MaruTokenizer, MemoryBankTransformerConfig, MemoryBankTransformerForCausalLM
 from memzoo.cli import main
 from memzoo.modeling.statistics import record_calls
-from memzoo.training.bank_pictures import plot_router_load, readings
+from memzoo.training.bank_pictures import plot_router_load, readings, show_bank
 
 pytest.importorskip("matplotlib")
 CHAPTERS = {"memory_num_chapters": 6, "memory_top_k_chapters": 2, "memory_num_shared_chapters": 1}
@@ -42,7 +42,7 @@ def test_the_attention_that_is_drawn_gives_what_the_layer_read(fields):
     ids = torch.randint(3, 264, (11,), generator=torch.Generator().manual_seed(1))
     found, bank = readings(model, ids), model.model.memory_banks[0]
     assert [reading.name for reading in found] == ["layer 0", "layer 2"]
-    reads = [model.model.layers[i].memory for i in (0, 2)]
+    reads = model.reads()
     with record_calls(reads) as calls:
         model(input_ids=ids[None], use_cache=False)
     for reading, read in zip(found, reads):
@@ -54,6 +54,23 @@ def test_the_attention_that_is_drawn_gives_what_the_layer_read(fields):
         for t, row in enumerate(reading.chosen.tolist()):
             seen = set(reading.load[t].nonzero()[:, 0].tolist())
             assert seen == set(range(shared)) | {c for c in row if c >= 0}
+
+
+def test_tiers_are_drawn_each_by_itself(tmp_path):
+    last = {"memory_num_tokens": 12, "memory_placement": "last_k", "memory_placement_k": 1}
+    model = model_with(memory_tiers=[{}, {**CHAPTERS, **last}])
+    ids = torch.arange(3, 12)
+    found = readings(model, ids)
+    assert [reading.name for reading in found] == ["layer 0", "layer 1", "layer 2, read 1", "layer 2, read 2"]
+    assert [tuple(reading.load.shape) for reading in found] == [(9, 1)] * 3 + [(9, 6)]
+    with record_calls(model.reads()) as calls:
+        model(input_ids=ids[None], use_cache=False)
+    for reading, read in zip(found, model.reads()):
+        bank = calls[read][0][0][1]
+        expected = reading.attention @ bank.tokens().detach() @ read.v_proj.weight.mT @ read.o_proj.weight.mT
+        torch.testing.assert_close(calls[read][0][1][0][0], expected, rtol=1e-4, atol=1e-5)
+    files = show_bank(model, MaruTokenizer(), "abc", tmp_path)  # the first layers have no chapters, the last one has
+    assert [file.name for file in files] == ["chapters.png", "attention.png", "bank.html"]
 
 
 def test_the_command_writes_pictures_and_a_page_that_needs_nothing_else(tmp_path, capsys):

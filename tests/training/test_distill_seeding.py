@@ -1,11 +1,16 @@
-"""Chapters from passages: what is written, and that a router finds the passage that a text comes from."""
+"""Chapters from passages: what is written, that a router finds the passage that a text comes from, the command."""
+
+import json
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from memzoo import MemoryBankTransformerConfig, MemoryBankTransformerForCausalLM
+from memzoo import MaruTokenizer, MemoryBankTransformerConfig, MemoryBankTransformerForCausalLM
+from memzoo.cli import main
 from memzoo.modeling.statistics import record_calls
-from memzoo.training.distill.seeding import seed_chapters
+from memzoo.training.distill.seeding import cut_for_chapters, seed_chapters
 
 CHAPTERS = {"memory_num_tokens": 24, "memory_num_chapters": 6, "memory_num_shared_chapters": 2}
 
@@ -14,7 +19,8 @@ def model_with(**fields) -> MemoryBankTransformerForCausalLM:
     torch.manual_seed(0)
     fields = {**CHAPTERS, "memory_routing": "prefix", **fields}
     sizes = {"vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = MemoryBankTransformerConfig(**sizes, intermediate_size=48, initializer_range=0.1, **fields)
+    sizes |= {"intermediate_size": 48, "initializer_range": 0.1}
+    config = MemoryBankTransformerConfig(**{**sizes, **fields})
     return MemoryBankTransformerForCausalLM(config).eval()
 
 
@@ -55,7 +61,7 @@ def test_chapters_hold_the_means_of_the_passages_hidden_states(passages):
     for bank in model.model.memory_banks:
         torch.nn.init.normal_(bank.weight, std=0.3)
     size = [bank.weight[8:].square().mean() for bank in model.model.memory_banks]
-    read = model.model.layers[1].memory
+    read = model.reads()[1]
     start = torch.tensor([7, 8])
     with record_calls([read]) as calls:
         model(input_ids=torch.cat([start, passages[2]])[None], use_cache=False)
@@ -79,3 +85,83 @@ def test_what_cannot_be_seeded_is_refused(passages):
     ):
         with pytest.raises(ValueError, match=message):
             seed_chapters(model_with(**fields), given)
+
+
+def test_long_passages_are_read_in_parts(passages):
+    """A part's hidden states are those of a text of its own after `start`."""
+    whole, parts = model_with(), model_with()
+    start = torch.tensor([7, 8])
+    seed_chapters(whole, passages, start, context=2 + 49)
+    seed_chapters(parts, passages, start, context=2 + 25)
+    assert not torch.equal(whole.model.memory_banks[0].weight, parts.model.memory_banks[0].weight)
+    with record_calls(whole.reads()[:1]) as calls:
+        for piece in passages[0].split(20):
+            model_with()(input_ids=torch.cat([start, piece])[None])
+            whole(input_ids=torch.cat([start, piece])[None])
+    hidden = torch.cat([args[0][0, 2:] for args, _ in calls[whole.reads()[0]]])
+    pieces = torch.nn.functional.adaptive_avg_pool1d(hidden.mT, 4).mT
+    chapter = parts.model.memory_banks[0].weight[8:12]
+    torch.testing.assert_close(chapter / chapter.norm(), pieces / pieces.norm())
+
+
+def test_tiers_are_seeded_each_with_as_many_passages_as_it_has_chapters(passages):
+    fine = {"memory_num_tokens": 24, "memory_num_chapters": 12, "memory_num_shared_chapters": 0}
+    model = model_with(memory_tiers=[{"memory_num_chapters": 1, "memory_num_shared_chapters": 0}, {}, fine])
+    before = [bank.weight.clone() for bank in model.model.memory_banks]
+    cut = cut_for_chapters(model, torch.cat(passages))
+    assert {count: len(pieces) for count, pieces in cut.items()} == {4: 4, 12: 12}
+    for pieces in cut.values():
+        assert torch.equal(torch.cat(pieces), torch.cat(passages))
+        seed_chapters(model, pieces)
+    changed = [(bank.weight != old).any(1).sum().item() for bank, old in zip(model.model.memory_banks, before)]
+    assert changed == [0, 16, 24]
+    with pytest.raises(ValueError, match="a document of 11 tokens cannot be cut into 12 passages"):
+        cut_for_chapters(model, torch.arange(11))
+
+
+DOCUMENT = "aaaa bbbb cccc dddd. 0123 4567 8901 2345. Zwei und drei sind fuenf. XYZ XYZ XYZ."
+
+
+def test_the_command_seeds_and_then_learns(tmp_path, capsys):
+    model = model_with(vocab_size=264, memory_zero_init=False)
+    model.save_pretrained(tmp_path / "model")
+    MaruTokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "document.txt").write_text(DOCUMENT)
+    argv = ["distill", "--steps", "1", "--continuations", "4", "--held-out", "4", "--length", "6", "--learning-rate"]
+    argv += ["1e-9", "--document", str(tmp_path / "document.txt"), "--model", str(tmp_path / "model")]
+    assert main([*argv, "--out", str(tmp_path / "plain")]) == 0
+    assert "passages as chapters" not in capsys.readouterr().out
+    assert main([*argv, "--out", str(tmp_path / "seeded"), "--seed-chapters"]) == 0
+    said, saved = capsys.readouterr().out, json.loads((tmp_path / "seeded" / "distillation.json").read_text())
+    assert f"{saved['when_seeded']:.3f} with its passages as chapters" in said and "bank: 3,072 bytes, 100.0%" in said
+    plain = json.loads((tmp_path / "plain" / "distillation.json").read_text())
+    assert plain["when_seeded"] is None and plain["without_memory"] == saved["without_memory"]  # one teacher
+    ids = torch.tensor(MaruTokenizer()(DOCUMENT)["input_ids"])
+    seed_chapters(model, list(ids.tensor_split(4)), torch.tensor([1]))
+    learned = AutoModelForCausalLM.from_pretrained(tmp_path / "seeded")
+    torch.testing.assert_close(learned.model.memory_banks[0].weight, model.model.memory_banks[0].weight)
+    for mine, theirs in zip(model.reads(), learned.reads()):
+        assert torch.equal(mine.router.gate.weight, theirs.router.gate.weight)
+    (tmp_path / "short.txt").write_text("abc")
+    argv[argv.index("--document") + 1] = str(tmp_path / "short.txt")
+    assert main([*argv, "--out", str(tmp_path / "none"), "--seed-chapters"]) == 2
+    assert "a document of 3 tokens cannot be cut into 4 passages" in capsys.readouterr().err
+    assert main([*argv, "--out", str(tmp_path / "none"), "--chapters", "4"]) == 2
+    assert "--chapters is of a new adapter, and" in capsys.readouterr().err
+
+
+def test_the_command_seeds_the_chapters_of_a_new_adapter(tmp_path, capsys):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 264, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=48, bos_token_id=1)).save_pretrained(tmp_path / "base")
+    MaruTokenizer().save_pretrained(tmp_path / "base")
+    (tmp_path / "document.txt").write_text(DOCUMENT)
+    argv = ["distill", "--steps", "2", "--continuations", "4", "--held-out", "4", "--length", "6", "--every", "1"]
+    argv += ["--document", str(tmp_path / "document.txt"), "--model", str(tmp_path / "base"), "--seed-chapters"]
+    assert main([*argv, "--out", str(tmp_path / "none")]) == 2
+    assert "the bank has no chapters" in capsys.readouterr().err
+    assert main([*argv, "--out", str(tmp_path / "out"), "--chapters", "4", "--memory-tokens", "16"]) == 0
+    config = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out").active_peft_config
+    assert (config.num_chapters, config.top_k_chapters, config.num_memory_tokens) == (4, 2, 16)
+    saved = json.loads((tmp_path / "out" / "distillation.json").read_text())
+    assert saved["when_seeded"] == saved["without_memory"]  # what is read still goes through a projection of zeros

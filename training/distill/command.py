@@ -20,6 +20,11 @@ _OPTIONS = {
     "batch_size": "texts of a step",
     "seed": "of openings, continuations and order",
 }
+_NEW = {
+    "memory_tokens": (64, "memory tokens of a new adapter"),
+    "chapters": (1, "chapters of its bank; a token reads two of them"),
+    "every": (5, "a new adapter reads in every N-th layer"),
+}
 
 
 def add_commands(commands: Any) -> None:
@@ -44,11 +49,14 @@ def add_commands(commands: Any) -> None:
         shown = "" if value is None else f" (default: {value})"
         teach.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=text + shown)
     teach.add_argument("--learning-rate", type=float, metavar="LR", help="of the bank (default: 0.01)")
-    teach.add_argument("--quantize", choices=["int8", "int4"], help="write the learned banks in 8 or 4 bits")
-    teach.add_argument("--memory-tokens", type=int, default=64, metavar="N", help="of a new adapter (default: 64)")
     teach.add_argument(
-        "--every", type=int, default=5, metavar="N", help="a new adapter reads in every N-th layer (default: 5)"
+        "--seed-chapters",
+        action="store_true",
+        help="start from the document's own passages, embedded by the model: one a chapter, with routers that find it",
     )
+    teach.add_argument("--quantize", choices=["int8", "int4"], help="write the learned banks in 8 or 4 bits")
+    for name, (value, text) in _NEW.items():
+        teach.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=f"{text} (default: {value})")
     teach.set_defaults(run=run_distill)
 
     show = commands.add_parser("show-bank", help="draw which chapters and memory tokens each token reads")
@@ -80,27 +88,36 @@ def run_distill(args: argparse.Namespace) -> None:
     if args.learning_rate is not None:
         given["bank_learning_rate"] = args.learning_rate
     Settings(**given)  # a wrong number is refused before a model is loaded
-    model, tokenizer, new = open_model(args.model, args.memory_tokens, args.every)
-    settings = Settings(**given, train=args.train or ("read" if new else "bank"))
+    chosen = {name: getattr(args, name) for name in _NEW if getattr(args, name) is not None}
+    model, tokenizer, new = open_model(args.model, chosen)
+    if chosen and not new:
+        raise ValueError(
+            f"--{next(iter(chosen)).replace('_', '-')} is of a new adapter, and {args.model} has a memory"
+        )
+    settings = Settings(**given, train=args.train or ("read" if new else "bank"), seed_chapters=args.seed_chapters)
     report = distill(model, tokenizer, text, settings)
-    save(model, tokenizer, out, args.quantize)
+    saved = save(model, tokenizer, out, args.quantize)
     report.save(out / "distillation.json", settings)
-    print(describe(report))
+    print(describe(report), *saved, sep="\n")
     print(f"the model or adapter, its bank and distillation.json are in {out}")
 
 
 def describe(report: "Report") -> str:
     kept = "nothing to keep: the document in context does not help" if report.kept is None else f"{report.kept:.0%}"
+    seeded = "" if report.when_seeded is None else f"{report.when_seeded:.3f} with its passages as chapters, "
     return (
         f"{report.document_tokens:,} tokens, read in {report.windows} window(s)\n"
-        f"nats per held-out token: {report.without_memory:.3f} without the document, {report.with_bank:.3f} with the "
-        f"bank, {report.with_document:.3f} with the document in context\n"
+        f"nats per held-out token: {report.without_memory:.3f} without the document, {seeded}{report.with_bank:.3f} "
+        f"with the bank, {report.with_document:.3f} with the document in context\n"
         f"kept: {kept}"
     )
 
 
-def open_model(name: str, memory_tokens: int = 64, every: int = 5) -> tuple[Any, Any, bool]:
-    """Model and tokenizer from a folder of a model or an adapter, and whether its memory is new."""
+def open_model(name: str, chosen: dict[str, int] | None = None) -> tuple[Any, Any, bool]:
+    """Model and tokenizer from a folder of a model or an adapter, and whether its memory is new.
+
+    `chosen` are the command's options about a new memory.
+    """
     from peft import AutoPeftModelForCausalLM, get_peft_model
     from transformers import AutoTokenizer
 
@@ -126,22 +143,32 @@ def open_model(name: str, memory_tokens: int = 64, every: int = 5) -> tuple[Any,
     config = model.config
     if hasattr(config, "memory_placement"):
         raise ValueError(f"{name} was made without a memory (memory_placement is {config.memory_placement!r})")
-    heads = config.num_attention_heads
-    options = {"num_memory_tokens": memory_tokens, "num_heads": heads, "placement": "every_n", "placement_k": every}
-    return get_peft_model(model, MemoryConfig(task_type="CAUSAL_LM", sharing="shared", **options)), tokenizer, True
+    size = {name: value for name, (value, _) in _NEW.items()} | (chosen or {})
+    bank = {"num_memory_tokens": size["memory_tokens"], "num_chapters": size["chapters"]}
+    bank |= {"top_k_chapters": min(size["chapters"], 2), "num_heads": config.num_attention_heads}
+    place = {"placement": "every_n", "placement_k": size["every"], "sharing": "shared"}
+    return get_peft_model(model, MemoryConfig(task_type="CAUSAL_LM", **bank, **place)), tokenizer, True
 
 
-def save(model: Any, tokenizer: Any, out: Path, quantization: Any) -> None:
-    """The whole model or the adapter, and each bank on its own: `bank`, or `bank_0` and so on."""
+def save(model: Any, tokenizer: Any, out: Path, quantization: Any) -> list[str]:
+    """The whole model or the adapter, and each bank on its own: `bank`, or `bank_0` and so on; a line about each."""
     from memzoo.modeling.memory_bank_files import save_bank
+    from memzoo.modeling.quantized_bank import quantization_error
     from memzoo.training.distill.distill import banks_of
 
     banks = banks_of(model)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    lines = []
     for i, bank in enumerate(banks):
         folder = out / ("bank" if len(banks) == 1 else f"bank_{i}")
-        save_bank(bank if quantization is None else bank.quantize(quantization), folder)
+        written = bank if quantization is None else bank.quantize(quantization)
+        save_bank(written, folder)
+        size = written.footprint()
+        lines.append(f"{folder.name}: {size['bytes']:,} bytes, {size['bytes'] / size['float32_bytes']:.1%} of float32")
+        if quantization is not None:
+            lines[-1] += f"; {quantization} is off by {quantization_error(bank.rows(), quantization):.1%} of its norm"
+    return lines
 
 
 def run_show_bank(args: argparse.Namespace) -> None:

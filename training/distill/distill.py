@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
 from memzoo.modeling.memory_bank import LowRankLinear, MemoryBank, MemoryRead
+from memzoo.training.distill.seeding import cut_for_chapters, seed_chapters
 from memzoo.training.distill.settings import Settings
 from memzoo.training.distill.study import Study, Writer, encode_document
 
@@ -33,6 +34,7 @@ class Report:
     windows: int
     held_out: Study = field(repr=False)  # what was measured with
     without_memory: float
+    when_seeded: float | None  # with chapters of the document's passages, before training; None without seeding
     with_bank: float
     with_document: float
     seconds: float
@@ -57,11 +59,12 @@ def distill(model: Any, tokenizer: PreTrainedTokenizerBase, document: str, setti
     is the model as it comes, so what its banks knew is not lost on purpose.
 
     Raises:
-        ValueError: an empty document, a model without a bank, a bank that cannot be trained.
+        ValueError: an empty document, a model without a bank, a bank that cannot be trained or seeded.
     """
     settings = settings or Settings()
     ids = encode_document(document, tokenizer)
     groups = _parameter_groups(model, settings)
+    passages = cut_for_chapters(model, ids) if settings.seed_chapters else {}
     begin = time.perf_counter()
     mode = model.training
     model.eval()  # no dropout in teacher or student
@@ -78,6 +81,9 @@ def distill(model: Any, tokenizer: PreTrainedTokenizerBase, document: str, setti
         counts = settings.continuations, settings.held_out
         learn, measure = writer.write(ids, *counts, bar.update)
     without = mean_nats(model, measure, settings.batch_size)
+    for chapters in passages.values():
+        seed_chapters(model, chapters, writer.start, context=writer.context)
+    seeded = mean_nats(model, measure, settings.batch_size) if passages else None
     with _training_only(model, [p for group in groups for p in group["params"]]):
         losses = _train(model, groups, learn, settings)
     report = Report(
@@ -85,6 +91,7 @@ def distill(model: Any, tokenizer: PreTrainedTokenizerBase, document: str, setti
         windows=-(-len(ids) // (writer.context - writer.reserved)),
         held_out=measure,
         without_memory=without,
+        when_seeded=seeded,
         with_bank=mean_nats(model, measure, settings.batch_size),
         with_document=measure.nats.double().mean().item(),
         seconds=time.perf_counter() - begin,

@@ -13,6 +13,8 @@ class Settings:
         continuations, held_out: texts to learn from and to measure with.
         opening, length: tokens of an opening and of its continuation.
         context: tokens that the teacher sees at once; None for the model's limit.
+        seed_chapters: start from banks and routers that hold the document's own passages, one a chapter
+            (`seeding.py`).
         top_k: probabilities of the teacher that are kept for a token; the others count as one. None for all.
     """
 
@@ -27,6 +29,7 @@ class Settings:
     bank_learning_rate: float = 1e-2
     read_learning_rate: float = 1e-3
     top_k: int | None = 64
+    seed_chapters: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -42,11 +42,16 @@ def encode_document(document: str, tokenizer: PreTrainedTokenizerBase) -> Tensor
     """Ids [N], without special tokens.
 
     Raises:
-        ValueError: there is no text in it.
+        ValueError: there is no text in it, or none that the tokenizer knows.
     """
     if not document.strip():
         raise ValueError(f"the document is empty: {len(document)} characters, none of them text; nothing to distil")
-    return torch.tensor(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
+    ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
+    if not ids:
+        raise ValueError(
+            f"the tokenizer makes 0 tokens of the document's {len(document)} characters; nothing to distil"
+        )
+    return torch.tensor(ids, dtype=torch.long)
 
 
 def split_windows(ids: Tensor, context: int, reserved: int) -> list[Tensor]:
