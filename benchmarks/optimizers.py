@@ -2,6 +2,8 @@
 
     python benchmarks/optimizers.py --output optimizers      writes table.md, runs.json and optimizers.png there
 
+Stopped, the same command goes on with the run that it was in.
+
 Every optimizer gets the same learning rates, the same batches, the same schedule (linear warm-up, then constant, so
 that a run cut short is a run with fewer steps) and the rest of its settings as they come. The learning rate with the
 lowest held-out loss on seed 0 is run on the other seeds. "Equal time" is the CPU time that AdamW took for its steps.
@@ -110,6 +112,24 @@ def run(name: str, lr: float, seed: int, steps: int, data: tuple[torch.Tensor, t
     }
 
 
+class Runs:
+    """The runs done so far, kept in a file: a comparison that was stopped goes on with the next run."""
+
+    def __init__(self, path: Path, settings: dict, data: tuple[torch.Tensor, torch.Tensor], bar: tqdm) -> None:
+        self.path, self.settings, self.data, self.bar = path, settings, data, bar
+        saved = json.loads(path.read_text()) if path.exists() else {"settings": settings, "runs": []}
+        if saved["settings"] != settings:
+            raise SystemExit(f"{path} holds runs with {saved['settings']}, not {settings}; choose another --output")
+        self.done: list[dict] = saved["runs"]
+
+    def add(self, name: str, lr: float, seed: int) -> None:
+        if any((r["name"], r["lr"], r["seed"]) == (name, lr, seed) for r in self.done):
+            self.bar.update(self.settings["steps"])
+            return
+        self.done.append(run(name, lr, seed, self.settings["steps"], self.data, self.bar))
+        self.path.write_text(json.dumps({"settings": self.settings, "runs": self.done}))
+
+
 def at_time(curve: list[tuple[int, float, float]], seconds: float) -> float:
     """Held-out bits per byte at a CPU time, linear between evaluations; the last one for a run that ended before."""
     for (_, t0, v0), (_, t1, v1) in pairwise(curve):
@@ -191,16 +211,20 @@ def main() -> None:
     MODEL.update(hidden_size=args.hidden_size, num_hidden_layers=args.layers)
     torch.set_num_threads(1)
     args.output.mkdir(parents=True, exist_ok=True)
-    data, runs = load_blocks(args.eval_bytes), []
+    data = load_blocks(args.eval_bytes)
     for name in OPTIMIZERS:  # compiles the kernels, loads what is loaded on first use
         run(name, 1e-3, 0, 20, (data[0], data[1][:1]), tqdm(disable=True))
+    settings = {"steps": args.steps, "eval_bytes": args.eval_bytes, "model": MODEL}
     total = len(OPTIMIZERS) * (len(args.rates) + args.seeds - 1) * args.steps
     with tqdm(total=total, unit="step", file=sys.stderr, dynamic_ncols=True, mininterval=1) as bar:
+        runs = Runs(args.output / "runs.json", settings, data, bar)
         for lr in args.rates:
-            runs += [run(name, lr, 0, args.steps, data, bar) for name in OPTIMIZERS]
+            for name in OPTIMIZERS:
+                runs.add(name, lr, 0)
         for seed in range(1, args.seeds):
-            runs += [run(name, best_rate(runs, name), seed, args.steps, data, bar) for name in OPTIMIZERS]
-    (args.output / "runs.json").write_text(json.dumps(runs))
+            for name in OPTIMIZERS:
+                runs.add(name, best_rate(runs.done, name), seed)
+    runs = runs.done
     (args.output / "table.md").write_text(table(runs, args.rates, args.steps) + "\n")
     draw(runs, args.output / "optimizers.png")
     print((args.output / "table.md").read_text())

@@ -6,8 +6,14 @@ torchrun --standalone --nproc_per_node 2 benchmarks/scaling.py --measure   formu
 
 import argparse
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
+from unittest.mock import patch
 
+LLAMA_7B = 6.738e9  # parameters
+SIZES = {"vocab_size": 512, "hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024}  # measured here
 GPUS = (1, 2, 8, 16, 64, 128, 512)
 
 
@@ -22,6 +28,8 @@ class Workload:
     vocab_size: int = 32000
     tokens: int = 8192  # of a GPU in a step
     checkpointing: bool = True
+    mlp_ratio: float = 4.0  # intermediate_size / hidden_size
+    read_layers: int = 0  # layers that read a bank
     extra_flops: float = 0.0  # of a GPU in a step beyond 2 per parameter and token in a forward, e.g. a bank's K and V
     extra_bytes: float = 0.0  # activations beyond those of a transformer, e.g. a bank's K and V
     idle: float = 0.0  # parameters that no matrix product with every token reads: embeddings, a bank's tokens
@@ -57,10 +65,14 @@ def state_bytes(work: Workload, gpus: int, method: str) -> float:
 def activation_bytes(work: Workload) -> float:
     """bf16: with checkpointing the input of every layer and one layer in full; logits in float32 with their gradient.
 
-    A layer has 34 bytes a token and channel (arXiv 2205.05198, without the attention matrix, which is never stored).
+    A layer with SwiGLU keeps 29 + 8 r bytes a token and channel, r the ratio of its widths, and 24 more where it reads
+    a bank as wide as itself: counted by `kept_bytes`.
     """
-    inputs, layer = 2 * work.tokens * work.hidden_size, 34 * work.tokens * work.hidden_size
-    kept = inputs * work.layers + layer if work.checkpointing else layer * work.layers
+    token = work.tokens * work.hidden_size
+    layer, read = (29 + 8 * work.mlp_ratio) * token, 24 * token
+    kept = 2 * token * work.layers + layer + read * bool(work.read_layers)
+    if not work.checkpointing:
+        kept = layer * work.layers + read * work.read_layers
     return kept + 2 * 4 * work.tokens * work.vocab_size + work.extra_bytes
 
 
@@ -118,6 +130,11 @@ def table(work: Workload, hardware: Hardware, methods: tuple[str, ...]) -> str:
     return "\n".join(lines)
 
 
+def base_workload() -> Workload:
+    """training/configs/base_small.yaml: neither the embeddings nor the bank's 1,024 tokens are read by every token."""
+    return Workload(trained=148e6, idle=32000 * 768 + 1024 * 768, read_layers=4)
+
+
 def bank_workload(rank: int | None = None, memory_layers: int = 4, tokens: int = 16384) -> Workload:
     """A frozen 7B base (Llama 2: 32 layers of 4096) with one bank of 2^20 tokens in 1,024 chapters, 8 read by a token.
 
@@ -126,7 +143,7 @@ def bank_workload(rank: int | None = None, memory_layers: int = 4, tokens: int =
     """
     hidden, bank, chapters, read = 4096, 1 << 20, 1024, 8
     width = rank or hidden
-    keys = width if rank else 1024  # heads of K and V together; grouped eight to one in the full bank
+    keys = width // 8  # of K and V each: eight heads share them
     projections = memory_layers * (2 * hidden * width + 2 * width * keys + chapters * hidden)
     keys_values = memory_layers * 2 * bank * width * keys * 2
     reads = memory_layers * tokens * read * (bank // chapters) * width * 4
@@ -134,8 +151,10 @@ def bank_workload(rank: int | None = None, memory_layers: int = 4, tokens: int =
         trained=bank * width + projections,
         idle=bank * width + memory_layers * 2 * width * keys,
         whole=bank * width,
-        frozen=6.74e9,
+        frozen=LLAMA_7B,
         layers=32,
+        mlp_ratio=11008 / 4096,
+        read_layers=memory_layers,
         hidden_size=hidden,
         tokens=tokens,
         extra_flops=keys_values + reads,
@@ -144,7 +163,7 @@ def bank_workload(rank: int | None = None, memory_layers: int = 4, tokens: int =
 
 
 def print_tables() -> None:
-    base = Workload(trained=148e6, idle=26e6)
+    base = base_workload()
     print("base_small, 8 x 1,024 tokens a GPU\n\n" + table(base, Hardware(), ("ddp", "fsdp2")))
     for rank in (None, 512):
         work = bank_workload(rank)
@@ -158,12 +177,54 @@ def print_tables() -> None:
         print(table(work, Hardware(), ("fsdp2", "hsdp")))
 
 
+@contextmanager
+def counted(module: Any, *names: str) -> Iterator[list[int]]:
+    """Bytes of the whole message, which is in the larger of two tensors, of each call of collectives."""
+    sizes: list[int] = []
+
+    def counting(original):
+        def call(*args, **kwargs):
+            sizes.append(max(x.nbytes for x in [*args, *kwargs.values()] if hasattr(x, "nbytes")))
+            return original(*args, **kwargs)
+
+        return call
+
+    with ExitStack() as stack:
+        for name in names:
+            stack.enter_context(patch.object(module, name, counting(getattr(module, name))))
+        yield sizes
+
+
+def kept_bytes(layers: int, **fields: Any) -> int:
+    """What autograd keeps for the backward of a bf16 model of so many layers, parameters apart, for 512 tokens."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from memzoo import MemoryBankTransformerConfig
+
+    config = MemoryBankTransformerConfig(**SIZES, num_hidden_layers=layers, **fields)
+    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16).train()
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, Any] = {}
+
+    def keep(x):
+        if x.untyped_storage().data_ptr() not in own:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage()  # held, so that no other takes its place
+        return x
+
+    ids = torch.randint(3, 512, (4, 128))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        loss = model(input_ids=ids, labels=ids).loss
+    assert loss.requires_grad
+    return sum(storage.nbytes() for storage in kept.values())
+
+
 def measure() -> None:
     """Counts bytes and takes times in two processes, and prints them beside what the formulas say."""
     import torch
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.nn.parallel import DistributedDataParallel
     from transformers import AutoModelForCausalLM
 
@@ -172,9 +233,7 @@ def measure() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     world = dist.get_world_size()
-    config = MemoryBankTransformerConfig(
-        vocab_size=512, hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=1024
-    )
+    config = MemoryBankTransformerConfig(**SIZES, num_hidden_layers=4)
     ids = torch.randint(3, 512, (4, 128), generator=torch.Generator().manual_seed(dist.get_rank()))
 
     def fresh():
@@ -219,11 +278,13 @@ def measure() -> None:
         dist.all_reduce(message)
         times.append(time.perf_counter() - start)
     sharded = fresh()
-    mesh = init_device_mesh("cpu", (world,))
+    options: dict = {"mesh": init_device_mesh("cpu", (world,))}
+    options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for layer in sharded.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(sharded, mesh=mesh)
-    fsdp = held(sharded, (result := train(sharded))[0]), result[1]
+        fully_shard(layer, **options)
+    fully_shard(sharded, **options)
+    with counted(dist, "all_gather_single", "reduce_scatter_single") as sent:
+        fsdp = held(sharded, (result := train(sharded))[0]), result[1]
     if dist.get_rank() == 0:
         print(f"{parameters:,} parameters, {world} processes of one thread, 512 tokens each, float32, gloo")
         buckets = 4 * parameters
@@ -234,7 +295,13 @@ def measure() -> None:
         ):
             print(f"{name}: {size / 1e6:.2f} MB held, formula {formula / 1e6:.2f}; {seconds:.3f} s a step")
         print(f"ddp reduces {reduced / 6 / 1e6:.2f} MB a step, formula {4 * parameters / 1e6:.2f}")
+        formula = communication_bytes(work, world, "fsdp2")[0] / 1e6
+        print(f"fsdp2 sends {sum(sent) * (world - 1) / world / 6 / 1e6:.2f} MB a step, formula {formula:.2f}")
         print(f"a bare all-reduce of as much takes {min(times):.3f} s")
+        for name, fields in (("a layer", {"memory_placement": "none"}), ("one that reads the bank", {})):
+            kept = (kept_bytes(3, **fields) - kept_bytes(2, **fields)) / 512 / SIZES["hidden_size"]
+            formula = 29 + 8 * SIZES["intermediate_size"] / SIZES["hidden_size"] + (0 if fields else 24)
+            print(f"{name} keeps {kept:.2f} bytes a token and channel in bf16, formula {formula:.2f}")
     dist.destroy_process_group()
 
 

@@ -1,9 +1,12 @@
-"""An agent learns to remember a cue, with its memory and without it: `python examples/agent.py` (minutes on one core).
+"""Agents learn a T-maze and CartPole without its velocities, with their memory and without it: minutes on one core.
+
+    python examples/agent.py
 
 Needs `pip install 'memzoo[rl,demo]'`. Draws docs/images/agent.png.
 """
 
 import argparse
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,63 +16,88 @@ import torch
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 
-from memzoo.training.rl import MemoryAgent, PPOConfig, PPOTrainer, evaluate
+from memzoo.training.rl import PPOConfig, PPOTrainer, evaluate
 
 BACKBONE = {"hidden_size": 32, "state_size": 4, "expand": 1, "memory_num_slots": 16}
 LENGTHS = (5, 10, 20, 40, 80)
+MAZE = PPOConfig("memzoo/TMaze-v0", total_steps=30_720)
+# returns are up to 500 steps; a twentieth of that suits the learning rate
+POLE = PPOConfig("memzoo/CartPolePositions-v0", total_steps=61_440, reward_scale=0.05)
+KINDS = {"memory carried from step to step": True, "memory emptied at every step": False}
+COLORS = dict(zip(KINDS, ("tab:blue", "tab:orange")))
 
 
-def lengths_of(agent: MemoryAgent, config: PPOConfig) -> list[float]:
-    """Success in corridors of LENGTHS, 200 episodes each."""
-    configs = [replace(config, env_kwargs={"length": length}, seed=1000) for length in LENGTHS]
-    return [evaluate(agent, each, num_episodes=200)["success"] for each in configs]
+def runs(config: PPOConfig, seeds: int, backbone: dict) -> Iterator[tuple[str, PPOTrainer]]:
+    """Trained agents of either kind, `seeds` of each."""
+    for name, carry in KINDS.items():
+        for seed in range(seeds):
+            trainer = PPOTrainer(replace(config, carry_memory=carry, seed=seed), backbone=backbone)
+            trainer.train()
+            yield name, trainer
 
 
-def draw(results: dict[str, list[tuple[list[dict], list[float]]]], length: int, path: Path) -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-    for (name, runs), color in zip(results.items(), ("tab:blue", "tab:orange")):
-        for run, (history, success) in enumerate(runs):
-            label = name if run == 0 else None
-            steps, learned = zip(*[(log["steps"], log["success"]) for log in history if "success" in log])
-            left.plot(steps, learned, color=color, lw=1.2, alpha=0.8, label=label)
-            right.plot(LENGTHS, success, "o-", color=color, ms=4, lw=1.2, alpha=0.8, label=label)
-    left.set(title=f"learning a T-maze of {length} steps", xlabel="steps of all environments")
-    right.set(title="then in corridors of other lengths", xlabel="steps from the cue to the junction", xscale="log")
-    right.set_xticks(LENGTHS, [str(length) for length in LENGTHS])
-    right.minorticks_off()
-    for axes in (left, right):
+def plot(axes: Axes, x: Sequence[float], y: Sequence[float], name: str, marker: str = "") -> None:
+    known = axes.get_legend_handles_labels()[1]
+    label = None if name in known else name
+    axes.plot(x, y, marker=marker, ms=4, lw=1.2, alpha=0.8, color=COLORS[name], label=label)
+
+
+def learning_curve(axes: Axes, name: str, trainer: PPOTrainer, key: str) -> float:
+    """Draws a mean over the episodes of each rollout; returns that of the last five."""
+    points = [(log["steps"], log[key]) for log in trainer.history if key in log]
+    plot(axes, *zip(*points), name)
+    return float(np.mean([value for _, value in points[-5:]]))
+
+
+def maze(config: PPOConfig, learning: Axes, lengths: Axes, seeds: int, backbone: dict) -> None:
+    for name, trainer in runs(config, seeds, backbone):
+        last = learning_curve(learning, name, trainer, "success")
+        configs = [replace(trainer.config, env_kwargs={"length": length}, seed=1000) for length in LENGTHS]
+        success = [evaluate(trainer.agent, config, num_episodes=200)["success"] for config in configs]
+        plot(lengths, LENGTHS, success, name, marker="o")
+        greedy = ", ".join(f"{length}: {share:.2f}" for length, share in zip(LENGTHS, success))
+        print(
+            f"T-maze, {name}, seed {trainer.config.seed}: success {last:.3f}; likeliest actions, by length: {greedy}"
+        )
+    learning.set(title=f"learning a T-maze of {config.env_kwargs['length']} steps", xlabel="steps of all environments")
+    lengths.set(title="then in corridors of other lengths", xlabel="steps from the cue to the junction", xscale="log")
+    lengths.set_xticks(LENGTHS, [str(length) for length in LENGTHS])
+    lengths.minorticks_off()
+    for axes in (learning, lengths):
         axes.axhline(0.5, color="gray", ls=":", label="chance")
         axes.set(ylabel="episodes that end in the right arm", ylim=(-0.02, 1.05))
-        axes.grid(alpha=0.3)
-    left.legend(loc="lower right")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+
+
+def pole(config: PPOConfig, axes: Axes, seeds: int, backbone: dict) -> None:
+    for name, trainer in runs(config, seeds, backbone):
+        last = learning_curve(axes, name, trainer, "return")
+        greedy = evaluate(trainer.agent, replace(trainer.config, seed=1000), num_episodes=100)["return"]
+        print(f"CartPole, {name}, seed {trainer.config.seed}: {last:.0f} steps; likeliest actions: {greedy:.0f}")
+    axes.set(title="CartPole without its velocities", xlabel="steps of all environments")
+    axes.set(ylabel="steps until the pole falls (500 at most)", ylim=(0, 520))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--length", type=int, default=10, help="of the corridor (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=30_720, help="per run (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=10, help="of the T-maze's corridor (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="per run (default: 30,720 in the maze, 61,440 for the pole)")
     parser.add_argument("--seeds", type=int, default=2, help="runs of each kind (default: %(default)s)")
     parser.add_argument("--model-type", default="dual_memory", help="family of the backbone (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("docs/images/agent.png"))
     args = parser.parse_args()
     torch.set_num_threads(1)  # more only wait for each other at this size
     backbone = {"model_type": args.model_type, **(BACKBONE if args.model_type == "dual_memory" else {})}
-    config = PPOConfig("memzoo/TMaze-v0", {"length": args.length}, total_steps=args.steps)
-    results: dict[str, list[tuple[list[dict], list[float]]]] = {}
-    for name, carry in (("memory carried from step to step", True), ("memory emptied at every step", False)):
-        for seed in range(args.seeds):
-            trainer = PPOTrainer(replace(config, carry_memory=carry, seed=seed), backbone=backbone)
-            history = trainer.train()
-            success = lengths_of(trainer.agent, trainer.config)
-            results.setdefault(name, []).append((history, success))
-            last = np.mean([log["success"] for log in history[-5:] if "success" in log])
-            greedy = ", ".join(f"{length}: {share:.2f}" for length, share in zip(LENGTHS, success))
-            print(f"{name}, seed {seed}: success {last:.3f} over the last 5 rollouts; greedy, by length: {greedy}")
-    draw(results, args.length, args.out)
+    figure, (learning, lengths, cart) = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    steps = {"total_steps": args.steps} if args.steps else {}
+    maze(replace(MAZE, env_kwargs={"length": args.length}, **steps), learning, lengths, args.seeds, backbone)
+    pole(replace(POLE, **steps), cart, args.seeds, backbone)
+    for axes in (learning, lengths, cart):
+        axes.grid(alpha=0.3)
+    learning.legend(loc="lower right")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.out, dpi=130)
     print(f"drew {args.out}")
 
 

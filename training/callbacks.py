@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, Trainer, TrainerCallback
 
 from memzoo.training.config import SampleConfig
+from memzoo.training.sharding import is_sharded, takes_part
 
 
 class ProgressLines(ProgressCallback):
@@ -47,10 +48,12 @@ class SampleText(TrainerCallback):
         self.tokenizer, self.sample, self.write = tokenizer, sample, write
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):
-        for prompt in self.sample.prompts if state.is_world_process_zero else []:
+        for prompt in self.sample.prompts if takes_part(model, state) else []:
             start = time.perf_counter()
             text, num_tokens = sample_text(model, self.tokenizer, prompt, self.sample, seed=state.global_step)
             seconds = time.perf_counter() - start
+            if not state.is_world_process_zero:
+                continue
             self.write(
                 f"sample at step {state.global_step} ({1000 * seconds / num_tokens:.1f} ms per token, "
                 f"{num_tokens / seconds:.0f} tokens/s, peak {peak_memory_mb(model.device):.0f} MB):\n{text}"
@@ -61,13 +64,14 @@ class MemoryStatistics(TrainerCallback):
     """Logs what the memory does with the first held-out sequence at every evaluation: `memory/LAYER/NAME`.
 
     A model that has a memory says so itself: `get_memory_stats(input_ids)` returns a dict of numbers for each layer.
+    Not under FSDP: it looks into layers outside of their forward, so each process would have to hold all of them.
     """
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):
-        if not state.is_world_process_zero or not hasattr(model, "get_memory_stats"):
+        if not state.is_world_process_zero or is_sharded(model) or not hasattr(model, "get_memory_stats"):
             return
         ids = self.trainer.eval_dataset[0]["input_ids"][None].to(model.device)
         was_training = model.training
@@ -97,6 +101,7 @@ def sample_text(
             do_sample=sample.temperature > 0,
             temperature=sample.temperature or None,
             use_cache=True,
+            synced_gpus=is_sharded(model),
         )
     model.train(was_training)
     text = str(tokenizer.decode(out[0], skip_special_tokens=True))

@@ -4,6 +4,7 @@ import json
 import logging
 import zipfile
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "train.yaml"
+DISTRIBUTED_METADATA = ".metadata"  # of a folder of torch.distributed.checkpoint
 
 
 class DamagedCheckpoint(ValueError):
@@ -26,6 +28,8 @@ class DamagedCheckpoint(ValueError):
 def check_files(folder: str | Path, remedy: str) -> None:
     """Raises DamagedCheckpoint, naming file and remedy, if a weight or state file in `folder` is incomplete."""
     for file in sorted(Path(folder).iterdir()):
+        if file.is_dir() and (any(file.glob("*.distcp")) or (file / DISTRIBUTED_METADATA).exists()):
+            _check_distributed(file, remedy)
         try:
             if file.suffix == ".safetensors":
                 with safe_open(file, framework="pt"):
@@ -36,6 +40,21 @@ def check_files(folder: str | Path, remedy: str) -> None:
                 zipfile.ZipFile(file).close()
         except (SafetensorError, ValueError, zipfile.BadZipFile) as error:
             raise DamagedCheckpoint(f"{file} is cut short or damaged ({error}); {remedy}") from error
+
+
+def _check_distributed(folder: Path, remedy: str) -> None:
+    """torch.distributed.checkpoint writes `.metadata` last; it says where in which file every piece lies."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    metadata = folder / DISTRIBUTED_METADATA
+    try:
+        pieces = FileSystemReader(folder).read_metadata().storage_data.values()
+    except (OSError, EOFError, UnpicklingError) as error:
+        raise DamagedCheckpoint(f"{metadata} is cut short or missing ({error}); {remedy}") from error
+    for piece in pieces:
+        file = folder / piece.relative_path
+        if not file.is_file() or file.stat().st_size < piece.offset + piece.length:
+            raise DamagedCheckpoint(f"{file} is cut short or missing; {remedy}")
 
 
 def find_checkpoint(config: "RunConfig | AdaptConfig") -> str | None:

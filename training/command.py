@@ -9,8 +9,13 @@ def add_commands(commands: Any) -> None:
     """Add them to argparse's subparsers."""
     config = commands.add_parser("config", help="explain a key of a run's YAML, or print a run's settings in full")
     what = config.add_mutually_exclusive_group(required=True)
-    what.add_argument("--explain", metavar="KEY", help="e.g. training.learning_rate, model.memory_top_k")
-    what.add_argument("--print", dest="file", metavar="CONFIG.yaml", help="every setting, defaults included, as YAML")
+    what.add_argument("--explain", metavar="KEY", help="e.g. training.learning_rate, model.memory_top_k, lora.r")
+    what.add_argument(
+        "--print",
+        dest="file",
+        metavar="CONFIG.yaml",
+        help="every setting of a run of memzoo train or memzoo adapt, as YAML",
+    )
     config.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="e.g. training.max_steps=10")
     config.set_defaults(run=run_config)
 
@@ -27,13 +32,17 @@ def add_commands(commands: Any) -> None:
 def run_config(args: argparse.Namespace) -> None:
     import yaml
 
-    from memzoo.training.config import load_config
-    from memzoo.training.explain import explain, resolve
+    from memzoo.training.explain import explain, resolve_file
 
     if args.explain is not None:
         print("\n".join(map(str, explain(args.explain))))
     else:
-        print(yaml.safe_dump(resolve(load_config(args.file, args.overrides)), sort_keys=False), end="")
+
+        class Plain(yaml.SafeDumper):
+            def ignore_aliases(self, data):
+                return True  # a value that two keys share is written twice, not as &anchor
+
+        print(yaml.dump(resolve_file(args.file, args.overrides), Dumper=Plain, sort_keys=False), end="")
 
 
 def run_lr_find(args: argparse.Namespace) -> None:

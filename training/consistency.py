@@ -43,6 +43,8 @@ def check_run(config: RunConfig) -> None:
     _check_metric(training.get("metric_for_best_model"), "task" if config.data.task else "text")
     if config.data.streaming and training.get("train_sampling_strategy") not in (None, "random"):
         raise ConfigError("training.train_sampling_strategy: a stream has its own order; see data.shuffle_buffer")
+    if config.optimizer and training.get("fsdp"):
+        raise ConfigError("training.fsdp: the optimizers of the section optimizer take whole weights; leave one out")
     if config.optimizer and config.learning_rates:
         raise ConfigError(
             "learning_rates: the optimizer section has groups of its own; leave one of the two sections out"

@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import re
+from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, get_type_hints
 
@@ -18,6 +19,8 @@ from memzoo.training.config import (
     SampleConfig,
     TokenizerConfig,
     check_keys,
+    parse_config,
+    read_settings,
 )
 from memzoo.training.optim.factory import OPTIMIZERS, optimizer_options
 from memzoo.training.trainer import source_of, training_arguments
@@ -29,6 +32,7 @@ OWN = {
     "learning_rates": LearningRates,
     "early_stopping": EarlyStopping,
 }
+SECTIONS_OF_ADAPT = ("base", "memory", "lora", "data", "learning_rates")  # those with keys of their own
 FROM_TOKENIZER = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
 
 
@@ -46,22 +50,36 @@ class Explanation:
 def explain(key: str) -> list[Explanation]:
     """`data.block_size`; `model.hidden_size` is explained for every family that has it, `model.maru.dropout` for one.
 
+    Keys of `memzoo adapt` are explained too, beside those of `memzoo train` where both have them.
+
     Raises ConfigError, with the nearest name, for a key that does not exist.
     """
     section, _, name = key.partition(".")
-    check_keys({section: None}, SECTIONS)
+    check_keys({section: None}, dict.fromkeys([*SECTIONS, *SECTIONS_OF_ADAPT]))
     if section == "model":
         return _explain_model(name)
     if section == "optimizer":
         return _explain_optimizer(name)
-    cls = TrainingArguments if section == "training" else OWN[section]
-    known = {f.name: f for f in fields(cls) if f.init}
+    cls: Any = TrainingArguments if section == "training" else OWN.get(section)
+    known = {} if cls is None else dict.fromkeys((f.name for f in fields(cls) if f.init), cls)
+    adapt: dict[str, type] = {}
+    if section in SECTIONS_OF_ADAPT:
+        from memzoo.training.adapt.explain import keys_of_adapt
+
+        adapt = keys_of_adapt(section)
     if not name:
-        raise ConfigError(f"{section}: a section; its keys are {', '.join(known)}")
-    check_keys({name: None}, known, f"{section}.")
-    found = known[name]
+        lists = [f"its keys are {', '.join(known)}"] if known else []
+        lists += [f"its keys for memzoo adapt are {', '.join(adapt)}"] if adapt else []
+        raise ConfigError(f"{section}: a section; {'; '.join(lists)}")
+    check_keys({name: None}, {**known, **adapt}, f"{section}.")
+    found = [_explain_field(key, known[name], name)] if name in known else []
+    return found + ([_explain_field(f"{key} of memzoo adapt", adapt[name], name)] if name in adapt else [])
+
+
+def _explain_field(key: str, cls: type, name: str) -> Explanation:
+    found = next(f for f in fields(cls) if f.name == name)
     meaning = found.metadata.get("help") or _comments(cls).get(name) or inspect.getdoc(cls) or ""
-    return [Explanation(key, _type_name(get_type_hints(cls)[name]), _default(found), " ".join(meaning.split()))]
+    return Explanation(key, _type_name(get_type_hints(cls)[name]), _default(found), " ".join(meaning.split()))
 
 
 def resolve(config: RunConfig) -> dict[str, Any]:
@@ -74,6 +92,17 @@ def resolve(config: RunConfig) -> dict[str, Any]:
     settings["model"] = _resolve_model(config.model)
     settings["training"] = {name: args[name] for name in names} | {"resume_from_checkpoint": resume}
     return {section: settings[section] for section in SECTIONS}
+
+
+def resolve_file(path: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """The same of a file, which is for `memzoo adapt` if it has a section `base`."""
+    raw = read_settings(path, overrides, dict.fromkeys([*SECTIONS, *SECTIONS_OF_ADAPT]))
+    if "base" not in raw:
+        return resolve(parse_config(raw))
+    from memzoo.training.adapt.explain import resolve_adapt
+    from memzoo.training.adapt.settings import parse_adapt_config
+
+    return resolve_adapt(parse_adapt_config(raw))
 
 
 def _resolve_model(section: dict[str, Any]) -> dict[str, Any]:

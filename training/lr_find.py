@@ -14,7 +14,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from memzoo.training.config import ConfigError, RunConfig
-from memzoo.training.trainer import MemzooTrainer, build_trainer, source_of, training_arguments
+from memzoo.training.memzoo_trainer import MemzooTrainer
+from memzoo.training.trainer import build_trainer, source_of, training_arguments
 
 SMOOTHING = 0.9
 DIVERGED = 4.0  # times the lowest loss

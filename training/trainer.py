@@ -15,72 +15,21 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProgressCallback,
-    Trainer,
-    TrainerState,
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer import TRAINER_STATE_NAME
 
 from memzoo.training.callbacks import MemoryStatistics, ProgressLines, SampleText
 from memzoo.training.checkpoints import check_files, find_checkpoint, record_run
 from memzoo.training.config import ConfigError, RunConfig
 from memzoo.training.consistency import check_schedule
+from memzoo.training.memzoo_trainer import MemzooTrainer
 from memzoo.training.optim.factory import trainer_optimizer
-from memzoo.training.parts import freeze_parts, split_groups
+from memzoo.training.parts import freeze_parts
 from memzoo.training.plots import plot_loss
 from memzoo.training.profiling import add_meters
+from memzoo.training.sharding import check_sharding
 from memzoo.training.sources import Source, TaskSource, TextSource
-
-
-class MemzooTrainer(Trainer):
-    """Trainer that saves the model's own `use_cache`, not the False that training runs with.
-
-    Args:
-        learning_rates: by part of the model, see memzoo.training.parts.
-    """
-
-    def __init__(self, model: PreTrainedModel, *args, learning_rates: dict[str, float] | None = None, **kwargs):
-        self.saved_use_cache = model.config.use_cache
-        self.learning_rates = learning_rates or {}
-        super().__init__(model, *args, **kwargs)
-
-    def create_optimizer(self, model=None):
-        optimizer = super().create_optimizer(model)
-        if self.learning_rates:
-            groups = split_groups(optimizer.param_groups, model or self.model, self.learning_rates)
-            optimizer.param_groups[:] = groups
-        return optimizer
-
-    def log(self, logs, *args, **kwargs):
-        """With rates by part, each of them at every log."""
-        if "learning_rate" in logs and self.learning_rates:
-            groups = self.optimizer.param_groups
-            for group in groups:  # by now the schedule has made its step, and logs tell of the one before
-                share = group["initial_lr"] / groups[0]["initial_lr"] if "initial_lr" in group else 1.0
-                logs[f"learning_rate/{group['part']}"] = logs["learning_rate"] * share
-        super().log(logs, *args, **kwargs)
-
-    def _save(self, *args, **kwargs):
-        config = self.model.config
-        in_training, config.use_cache = config.use_cache, self.saved_use_cache
-        try:
-            super()._save(*args, **kwargs)
-        finally:
-            config.use_cache = in_training
-
-    def take(self, checkpoint: str) -> None:
-        """The model, the best one if asked for, and the log of a run that is complete."""
-        self.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
-        self._load_from_checkpoint(checkpoint)
-        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
-            self._load_best_model()
-
-    def _save_rng_state(self, output_dir):
-        """Every process has written its part before trainer_state.json, which comes next, says that all is there."""
-        super()._save_rng_state(output_dir)
-        self.args.distributed_state.wait_for_everyone()
-
 
 AnyTrainer = TypeVar("AnyTrainer", bound=MemzooTrainer)
 
@@ -106,10 +55,7 @@ def train(config: RunConfig) -> MemzooTrainer:
     add_meters(trainer)
     if trainer.is_world_process_zero():
         print(f"{_name(model)}; {data.description}; to {args.output_dir}", file=sys.stderr)
-    if resume is not None and is_finished(resume, args) and not trainer.is_fsdp_enabled:
-        trainer.take(resume)  # Trainer would add a step
-    else:
-        trainer.train(resume_from_checkpoint=resume)
+    trainer.run(resume)
     model.config.use_cache = trainer.saved_use_cache
     trainer.save_model()
     trainer.save_state()
@@ -169,6 +115,7 @@ def training_arguments(
     except ValueError as error:
         raise ConfigError(f"training: {error}") from error
     check_schedule(args)
+    check_sharding(args)
     return args
 
 
@@ -204,14 +151,6 @@ def build_model(config: RunConfig, tokenizer: PreTrainedTokenizerBase | int, see
         raise ConfigError(f"model: {error.__cause__ or error}") from error
     _check_vocabulary(int(model.config.vocab_size or 0), num_tokens)
     return model
-
-
-def is_finished(checkpoint: str, args: TrainingArguments) -> bool:
-    """Whether a checkpoint is already where the run is to end."""
-    state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
-    if args.max_steps > 0:
-        return state.global_step >= args.max_steps
-    return float(state.epoch or 0) >= args.num_train_epochs
 
 
 def _check_vocabulary(vocab_size: int, num_tokens: int) -> None:

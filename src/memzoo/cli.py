@@ -34,6 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     from memzoo.training.bench.command import add_bench_command
     from memzoo.training.command import add_commands as add_training_commands
     from memzoo.training.distill.command import add_commands as add_distill_commands
+    from memzoo.training.harness import add_arguments as add_task_arguments
 
     parser = argparse.ArgumentParser("memzoo", description="Language models with a memory: train, generate, talk.")
     parser.add_argument("--version", action="version", version=f"memzoo {__version__}")
@@ -78,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--mode", choices=["carry", "window", "both"], default="both")
     evaluate.add_argument("--stride", type=_positive, metavar="N", help="windows overlap: score the last N of each")
     evaluate.add_argument("--max-bytes", type=_positive, metavar="N", help="read at most N bytes in all")
+    add_task_arguments(evaluate)
     evaluate.set_defaults(run=run_eval)
 
     add_bench_command(commands)
@@ -126,7 +128,8 @@ def run_train(args: argparse.Namespace) -> None:
     from memzoo.training.trainer import train
 
     trainer = train(config)
-    print(f"model, tokenizer and loss.png are in {trainer.args.output_dir}")
+    if trainer.is_world_process_zero():
+        print(f"model, tokenizer and loss.png are in {trainer.args.output_dir}")
 
 
 def run_tokenizer(args: argparse.Namespace) -> None:
@@ -160,6 +163,11 @@ def run_generate(args: argparse.Namespace) -> None:
 
 def run_eval(args: argparse.Namespace) -> None:
     _quiet()
+    if args.tasks is not None or args.task_dir is not None:
+        from memzoo.training.harness import run_tasks
+
+        run_tasks(args)
+        return
     from memzoo.session import load_model
     from memzoo.training.config import DataConfig
     from memzoo.training.data.documents import equal_shares, load_documents, read_folder

@@ -1,13 +1,15 @@
 """`memzoo config` explains keys and prints a run in full; `memzoo lr-find` suggests a rate and leaves nothing."""
 
 import math
+from pathlib import Path
 
 import pytest
 import yaml
 
 from memzoo.cli import main
+from memzoo.training.adapt.settings import load_adapt_config, parse_adapt_config
 from memzoo.training.config import ConfigError, DataConfig, parse_config
-from memzoo.training.explain import explain, resolve
+from memzoo.training.explain import SECTIONS_OF_ADAPT, explain, resolve, resolve_file
 from memzoo.training.lr_find import Finding, find_learning_rate
 
 
@@ -46,7 +48,7 @@ def test_every_key_of_every_section_has_a_meaning():
     for section in ("data", "tokenizer", "sample", "learning_rates", "early_stopping", "training"):
         with pytest.raises(ConfigError, match=f"{section}: a section; its keys are ") as listed:
             explain(section)
-        keys = str(listed.value).partition("keys are ")[2].split(", ")
+        keys = str(listed.value).partition("; its keys for")[0].partition("keys are ")[2].split(", ")
         assert len(keys) > 1
         assert all(explain(f"{section}.{key}")[0].meaning for key in keys)
     assert {e.key.split(".")[1] for e in explain("model.hidden_size")} >= {"maru", "titan_mac", "dual_memory"}
@@ -95,6 +97,10 @@ def test_what_is_printed_is_a_config_that_gives_the_same_run(memzoo, settings, t
             {"learning_rates": {"memory": 1.0}, "optimizer": {"name": "deep_momentum"}},
             "learning_rates: the optimizer section has groups of its own",
         ),
+        (
+            {"training": {"fsdp": True}, "optimizer": {"name": "deep_momentum"}},
+            "training.fsdp: the optimizers of the section optimizer take whole weights",
+        ),
         ({"training": {"lr_scheduler_type": "constant", "warmup_steps": 2}}, "use constant_with_warmup"),
         ({"training": {"lr_scheduler_type": "warmup_stable_decay"}}, "num_decay_steps"),
         (
@@ -114,6 +120,64 @@ def test_settings_that_contradict_each_other_are_refused(settings, sections, mes
     with pytest.raises(ConfigError, match=r".") as error:
         resolve(parse_config(settings(**sections)))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "kind", "default", "meaning"),
+    [
+        ("base.quantization", "Optional[Literal['int8', 'nf4', 'fp4']]", "None", "bitsandbytes"),
+        ("memory.num_memory_tokens", "int", "256", "Learned tokens of a bank."),
+        ("lora.lora_alpha", "int", "8", "alpha"),
+        ("data.max_length", "int", "1024", "conversations are cut to it"),
+        ("learning_rates.projections", "float | None", "None", "what reads them"),
+    ],
+)
+def test_a_key_of_adapt_is_explained(key, kind, default, meaning):
+    found = explain(key)
+    assert [e.key for e in found] == [f"{key} of memzoo adapt"]
+    assert (found[0].type, found[0].default) == (kind, default) and meaning in found[0].meaning
+
+
+def test_a_key_that_train_and_adapt_share_is_explained_for_both():
+    assert [e.key for e in explain("data.path")] == ["data.path", "data.path of memzoo adapt"]
+    assert (
+        "conversations" in explain("data.path")[1].meaning and "conversations" not in explain("data.path")[0].meaning
+    )
+
+
+def test_every_key_of_every_section_of_adapt_has_a_meaning():
+    for section in SECTIONS_OF_ADAPT:
+        with pytest.raises(ConfigError, match=f"{section}: a section; .*its keys for memzoo adapt are ") as listed:
+            explain(section)
+        keys = str(listed.value).rpartition("for memzoo adapt are ")[2].split(", ")
+        assert len(keys) > 3
+        assert all(explain(f"{section}.{key}")[-1].meaning for key in keys)
+    with pytest.raises(ConfigError, match=r"memory.plcement: unknown key; did you mean memory.placement\?"):
+        explain("memory.plcement")
+
+
+@pytest.mark.parametrize("name", ["adapter_qwen2.5_1.5b", "adapter_smollm2", "memory_lora_combined"])
+def test_the_settings_of_adapt_are_printed_in_full(memzoo, tmp_path, name):
+    file = Path(__file__).parents[2] / "training" / "configs" / f"{name}.yaml"
+    code, printed, _ = memzoo("config", "--print", file, "training.use_cpu=true", "memory.num_memory_tokens=64")
+    assert code == 0 and "&id" not in printed
+    full, given = yaml.safe_load(printed), load_adapt_config(str(file))
+    assert given.memory.items() - full["memory"].items() == {("num_memory_tokens", given.memory["num_memory_tokens"])}
+    assert full["memory"]["num_memory_tokens"] == 64 and full["memory"]["sharing"] == "per_layer"
+    assert full["learning_rates"] == given.learning_rates and full["data"]["eval_fraction"] == 0.05
+    assert full["training"]["weight_decay"] == 0.0
+    assert (full["lora"]["lora_dropout"] == 0.0) if given.lora else (full["lora"] == {})
+    (tmp_path / "full.yaml").write_text(printed)
+    assert resolve_file(str(tmp_path / "full.yaml")) == full
+    assert (
+        parse_adapt_config(full).adapter() == load_adapt_config(str(file), ["memory.num_memory_tokens=64"]).adapter()
+    )
+
+
+def test_a_mistake_in_a_file_for_adapt_is_refused_by_name(memzoo, tmp_path):
+    (tmp_path / "run.yaml").write_text("base: {name: x}\nmemory: {num_memory_token: 3}\ntraining: {output_dir: y}\n")
+    code, _, error = memzoo("config", "--print", tmp_path / "run.yaml")
+    assert code == 2 and "did you mean memory.num_memory_tokens?" in error
 
 
 def test_a_whole_section_is_dropped_by_null(memzoo, settings, tmp_path):

@@ -9,6 +9,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 import memzoo
 from memzoo.training.config import load_config
 from memzoo.training.explain import resolve
+from memzoo.training.parts import part_of
 from memzoo.training.trainer import train
 
 FOLDER = Path(memzoo.__file__).resolve().parents[2] / "training" / "configs"
@@ -46,9 +47,33 @@ def test_a_ready_config_is_what_it_says_in_full(file):
     assert {key: full["training"][key] for key in given.training} == given.training
 
 
-def test_there_is_one_for_every_family():
-    families = {load_config(str(file)).model["model_type"] for file in CONFIGS}
-    assert families == set(memzoo._FAMILIES)
+def test_every_file_is_one_of_a_model_or_of_an_adapter():
+    adapters = {file.stem for file in FOLDER.glob("*.yaml")} - {file.stem for file in CONFIGS}
+    assert {"adapter_qwen2.5_1.5b", "memory_lora_combined"} <= adapters
+    for name in adapters:
+        assert "\nbase:" in (FOLDER / f"{name}.yaml").read_text()
+
+
+def test_there_is_one_of_text_for_every_family_under_its_name():
+    by_name = {file.stem: load_config(str(file)) for file in CONFIGS}
+    for family in memzoo._FAMILIES:
+        config = by_name["maru_demo" if family == "maru" else family]
+        assert (config.model["model_type"], config.data.corpus) == (family, "sotu")
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_a_ready_config_can_be_built_at_its_full_size(file):
+    """Without memory for its weights; what is trained by a rate of its own is there."""
+    config = load_config(str(file))
+    section = {"vocab_size": config.tokenizer.vocab_size, **config.model}
+    model_type, preset = section.pop("model_type"), section.pop("preset", None)
+    config_class = CONFIG_MAPPING[model_type]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config_class(**section) if preset is None else config_class.from_preset(preset, **section)
+        )
+    assert set(config.learning_rates) <= {part_of(name) for name, _ in model.named_parameters()}
+    assert model.num_parameters() > 1e5 or config.data.task
 
 
 def test_the_control_differs_from_the_base_by_its_memory_alone():

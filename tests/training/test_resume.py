@@ -13,7 +13,8 @@ from transformers import Trainer
 
 from memzoo.training.checkpoints import DamagedCheckpoint
 from memzoo.training.config import parse_config
-from memzoo.training.trainer import MemzooTrainer, train
+from memzoo.training.memzoo_trainer import MemzooTrainer
+from memzoo.training.trainer import train
 
 STEPS = {"max_steps": 6, "save_steps": 2, "eval_strategy": "no", "logging_steps": 1}
 

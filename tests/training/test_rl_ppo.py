@@ -89,6 +89,18 @@ def test_a_time_limit_is_not_an_end():
     assert log == {"return": 5.0, "length": 5.0}
 
 
+def test_rewards_are_scaled_for_training_and_told_as_they_are():
+    pole = replace(MAZE, env_id="memzoo/CartPolePositions-v0", env_kwargs={}, imitation_coef=1.0)
+    plain, scaled = (
+        PPOTrainer(replace(pole, reward_scale=scale), backbone=BACKBONE).collector.collect() for scale in (1.0, 0.05)
+    )
+    assert (plain.rollout.rewards == 1).all()
+    torch.testing.assert_close(scaled.rollout.rewards, 0.05 * plain.rollout.rewards)
+    assert scaled.log == plain.log and scaled.log["return"] == scaled.log["length"]
+    for mine, theirs in zip(scaled.episodes, plain.episodes, strict=True):
+        torch.testing.assert_close(mine.returns, 0.05 * theirs.returns)
+
+
 def test_environments():
     maze = TMaze(length=2)
     maze.reset(seed=3)
@@ -117,6 +129,7 @@ def test_environments():
         ({"imitation_batch": 0}, "imitation_batch is 0"),
         ({"gamma": 1.5}, r"gamma=1.5 must be in \[0, 1\]"),
         ({"clip": 0.0}, "clip=0.0 must be positive"),
+        ({"reward_scale": 0.0}, "reward_scale=0.0 must be positive"),
         ({"curiosity_coef": -1.0}, "curiosity_coef=-1.0 must not be negative"),
     ],
 )
@@ -164,3 +177,16 @@ def test_memory_solves_the_maze_and_its_absence_does_not(family):
         trainer.train(progress=False)
         success[carry] = evaluate(trainer.agent, run, 200)["success"]
     assert success[True] > 0.95 and 0.35 < success[False] < 0.65
+
+
+@pytest.mark.slow
+def test_memory_balances_a_pole_whose_velocities_are_hidden():
+    config = PPOConfig("memzoo/CartPolePositions-v0", total_steps=61_440, reward_scale=0.05)
+    backbone = {"hidden_size": 32, "state_size": 4, "expand": 1, "memory_num_slots": 16}
+    steps = {}
+    for carry in (True, False):
+        run = replace(config, carry_memory=carry)
+        trainer = PPOTrainer(run, backbone=backbone)
+        trainer.train(progress=False)
+        steps[carry] = evaluate(trainer.agent, run, 100)["return"]
+    assert steps[True] > 200 and steps[False] < 100, steps

@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import memzoo  # noqa: F401 (registers the families)
 from memzoo.kernels.selective_scan import fused
 from memzoo.training.config import load_config
-from memzoo.training.trainer import MemzooTrainer, train
+from memzoo.training.memzoo_trainer import MemzooTrainer
+from memzoo.training.trainer import train
 
 FAMILIES = {
     "maru": {"state_size": 4, "memory_num_banks": 4, "memory_num_slots": 4, "memory_dim": 8},

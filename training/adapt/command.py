@@ -44,6 +44,8 @@ def run_adapt(args: argparse.Namespace) -> None:
     from memzoo.training.adapt.run import adapt
 
     trainer = adapt(config)
+    if not trainer.is_world_process_zero():
+        return
     found = [log["eval_perplexity"] for log in trainer.state.log_history if "eval_perplexity" in log]
     if found:
         print(f"perplexity on what was held out: {found[-1]:.3f}")

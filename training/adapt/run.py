@@ -24,9 +24,11 @@ from memzoo.training.adapt.settings import AdaptConfig, BaseConfig
 from memzoo.training.callbacks import ProgressLines
 from memzoo.training.checkpoints import check_files, find_checkpoint, record_run
 from memzoo.training.config import ConfigError
+from memzoo.training.memzoo_trainer import MemzooTrainer
 from memzoo.training.metrics import sequence_nats
+from memzoo.training.profiling import add_meters
 from memzoo.training.smollm2 import SMOLLM2, smollm2_folder
-from memzoo.training.trainer import MemzooTrainer, is_finished, training_arguments
+from memzoo.training.trainer import training_arguments
 
 BEST = {"metric_for_best_model": "perplexity", "greater_is_better": False}
 
@@ -53,13 +55,11 @@ def adapt(config: AdaptConfig) -> MemzooTrainer:
         record_run(config)
     if trainer.pop_callback(ProgressCallback):
         trainer.add_callback(ProgressLines(data.bits_per_nat))
+    add_meters(trainer)
     if trainer.is_world_process_zero():
         print(f"{describe(model)}; {data.description}; to {args.output_dir}", file=sys.stderr)
-    if resume is not None and is_finished(resume, args):
-        trainer.take(resume)
-    else:
-        trainer.train(resume_from_checkpoint=resume)
-    if data.evaluation is not None:
+    has_trained = trainer.run(resume)
+    if data.evaluation is not None and (has_trained or not trainer.is_fsdp_enabled):  # FSDP shards when it trains
         trainer.evaluate()
     model.config.use_cache = trainer.saved_use_cache
     trainer.save_model()

@@ -16,6 +16,7 @@ A run that was stopped goes on where it was when the same command is given again
 be added to a folder. Writes results.json, results.md and pictures.
 """
 DEFAULT_MODELS = ["llama", "mamba", "maru"]
+SEEDS = 3
 
 
 def add_bench_command(commands) -> None:
@@ -36,8 +37,8 @@ def add_bench_command(commands) -> None:
         "--model", **spec, help=f"model types, or folders of models, and fields of their configs (default: {defaults})"
     )
     bench.add_argument("--out", metavar="DIR", help="folder for the results; needed unless --sanity")
-    bench.add_argument("--seeds", type=int, default=3, metavar="N", help="(default: %(default)s)")
     numbers = {
+        "--seeds": "runs of every model (default: 3, with --full 1)",
         "--steps": "training steps; 0 only measures (default: 1000)",
         "--batch-size": "sequences a step (default: 32)",
         "--params": "scale models to so many parameters, 0 for not at all (default: 100000)",
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
     from memzoo.training.bench.cell import Protocol
     from memzoo.training.bench.runner import run_bench
     from memzoo.training.bench.specs import parse_specs
-    from memzoo.training.bench.suites import FULL_PROTOCOL, full_models, full_tasks, sanity
+    from memzoo.training.bench.suites import FULL_PROTOCOL, FULL_SEEDS, full_models, full_tasks, sanity
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -68,6 +69,8 @@ def run(args: argparse.Namespace) -> None:
         return
     if not args.out:
         raise ValueError("--out: missing; say which folder the results go to")
+    if args.seeds is None:
+        args.seeds = FULL_SEEDS if args.full else SEEDS
     if args.seeds < 1:
         raise ValueError(f"--seeds: {args.seeds} must be at least 1")
     tasks = full_tasks() if args.full else parse_specs(args.task, "task")

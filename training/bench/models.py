@@ -4,6 +4,8 @@ All types start from the same small sizes, each taking those that its configurat
 the width of the MLP where there is one, until the number of parameters fits. Where hidden_size is given, it stays.
 """
 
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -87,15 +89,27 @@ def match_parameters(make, parameters: int) -> PreTrainedConfig:
             low = middle
         else:
             high = middle
-    candidates = [_tune_mlp(make, width * step, parameters) for width in (low, high)]
-    best = min(candidates, key=lambda config: abs(count_parameters(config) - parameters))
-    if abs(count_parameters(best) - parameters) > TOLERANCE * parameters:
+
+    def distance(config: PreTrainedConfig) -> int:
+        return abs(count_parameters(config) - parameters)
+
+    best = min((_tune_mlp(make, width * step, parameters) for width in (low, high)), key=distance)
+    if distance(best) > TOLERANCE * parameters:  # without an MLP to tune; not every type needs such steps
+        best = min([best, *_possible(make, range(low * step + 1, high * step))], key=distance)
+    if distance(best) > TOLERANCE * parameters:
         raise ValueError(
             f"the nearest to {parameters:,} parameters is {count_parameters(best):,} "
             f"(hidden_size={best.hidden_size}); "
             "change --params, or give smaller sizes (num_hidden_layers, memory_...)"
         )
     return best
+
+
+def _possible(make, widths: Iterable[int]) -> Iterator[PreTrainedConfig]:
+    """Configurations of those widths that the type can have."""
+    for width in widths:
+        with suppress(ValueError, StrictDataclassError):
+            yield make(hidden_size=width)
 
 
 def _tune_mlp(make, width: int, parameters: int) -> PreTrainedConfig:

@@ -20,6 +20,8 @@ class PPOConfig:
         total_steps: steps of all environments together.
         num_epochs, num_minibatches: passes over the segments of a rollout, and parts of it per pass.
         learning_rate, max_grad_norm: of Adam; the rate falls to 0 over the run.
+        reward_scale: of the environment's rewards in training; returns of about 1 suit the learning rate. What is
+            logged has the environment's scale.
         gamma, gae_lambda: discount, and lambda of generalized advantage estimation (arXiv 1506.02438).
         clip, entropy_coef, value_coef: of the loss.
         carry_memory: False empties the memory before every step, for comparison.
@@ -42,6 +44,7 @@ class PPOConfig:
     num_minibatches: int = 4
     learning_rate: float = 1e-3
     max_grad_norm: float = 0.5
+    reward_scale: float = 1.0
     gamma: float = 0.99
     gae_lambda: float = 0.95
     clip: float = 0.2
@@ -79,7 +82,7 @@ class PPOConfig:
         for name in ("gamma", "gae_lambda", "replay_beta"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1]")
-        for name in ("learning_rate", "clip", "max_grad_norm"):
+        for name in ("learning_rate", "clip", "max_grad_norm", "reward_scale"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
         for name in ("entropy_coef", "value_coef", "imitation_coef", "replay_alpha", "curiosity_coef"):

@@ -77,7 +77,7 @@ class Collector:
             policy = Categorical(logits=out.logits)
             actions = policy.sample()
             seen, reward, terminated, truncated, info = self.envs.step(actions.cpu().numpy())
-            dones = terminated | truncated
+            reward, dones = config.reward_scale * reward, terminated | truncated
             nexts = self._tensor(_last_observations(info, seen))
             rewards, done = self._tensor(reward), self._tensor(dones, torch.bool)
             self.fresh = done if config.carry_memory else torch.ones_like(done)
