@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 
 HERE = Path(__file__).parent
@@ -44,7 +46,7 @@ def render_card(folder: str | Path, name: str | None = None, license: str | None
     run = _yaml(folder / "train.yaml")
     log = _json(folder / "trainer_state.json").get("log_history", [])
     metrics = {key: entry[key] for entry in log for key in METRICS if key in entry}  # the last of each
-    base = adapter.get("base_model_name_or_path")
+    base = _hub_id(adapter.get("base_model_name_or_path"))
     data = _data_name(run)
     results = [
         EvalResult("text-generation", data, data, METRICS[key][1], round(float(value), 4), task_name="Text generation")
@@ -96,12 +98,36 @@ def _family_text(kind: str) -> dict[str, str]:
     return {title: text.strip() for title, text in (part.split("\n", 1) for part in parts)}
 
 
+def _hub_id(name: str | None) -> str | None:
+    """A base's name if others can load it: the Hub refuses cards whose base_model is a path."""
+    try:
+        validate_repo_id(name or "")
+    except HFValidationError:
+        return None
+    return None if name is None or Path(name).exists() else name
+
+
+def is_blank_form(path: Path) -> bool:
+    """A README.md that says next to nothing, as PEFT's save_pretrained leaves one beside every adapter."""
+    return path.is_file() and path.read_text().count("[More Information Needed]") > 5
+
+
 def _summary(kind: str, base: str | None) -> str:
-    what = f"A memory adapter for `{base}`" if base else f"A `{kind}` model"
+    what = f"A `{kind}` model"
+    if kind == "adapter":
+        what = f"A memory adapter for `{base}`" if base else "A memory adapter for a model that is not on the Hub"
     return f"{what}, made with memzoo: language models that remember."
 
 
 def _usage(kind: str, name: str, base: str | None) -> str:
+    if kind == "adapter" and base is None:
+        return (
+            "import memzoo  # registers the adapter with PEFT\n"
+            "from peft import PeftModel\n"
+            "from transformers import AutoModelForCausalLM\n\n"
+            'base = AutoModelForCausalLM.from_pretrained("THE-BASE")  # that this adapter was trained on\n'
+            f'model = PeftModel.from_pretrained(base, "{name}")'
+        )
     if kind == "adapter":
         return (
             "import memzoo  # registers the adapter with PEFT\n"

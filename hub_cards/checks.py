@@ -1,5 +1,6 @@
 """Is a model's folder safe and whole? Only safetensors, complete, and of the family that its config says."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -42,6 +43,19 @@ def check_folder(folder: str | Path) -> None:
     config = folder / "config.json"
     if config.is_file():
         _check_classes(config)
+
+
+def check_arrival(path: Path, sha256: str | None) -> None:
+    """Refuse a downloaded file whose content is not what the Hub says that it has; None where it says nothing."""
+    if sha256 is None or not path.is_file():
+        return
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256:
+        raise UnsafeFolder(
+            f"{path.name} was changed on its way: its SHA-256 begins with {found[:8]}, the Hub's with {sha256[:8]}; "
+            "download it again, and do not load it"
+        )
 
 
 def _check_weights(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The commands `memzoo push`, `memzoo pull`, `memzoo export` and `memzoo quantize`."""
+"""The commands `memzoo push`, `pull`, `export`, `quantize`, `merge-lora` and `extract-bank`."""
 
 import argparse
 from typing import Any
@@ -29,9 +29,20 @@ def add_commands(commands: Any) -> None:
     quantize = commands.add_parser("quantize", help="write a model with 8- or 4-bit weights, and what that costs")
     quantize.add_argument("model", metavar="MODEL", help="folder of a model, or its hub id")
     quantize.add_argument("--out", required=True, metavar="DIR")
-    quantize.add_argument("--kind", choices=["int8", "nf4", "fp4"], default="int8", help="(default: %(default)s)")
+    kinds = ["int8", "nf4", "fp4", "torchao-int8"]
+    quantize.add_argument("--kind", choices=kinds, default="int8", help="(default: %(default)s)")
     quantize.add_argument("--data", metavar="PATH", help="measure bits per byte on this .txt file or folder of them")
     quantize.set_defaults(run=run_quantize)
+
+    merge = commands.add_parser("merge-lora", help="fold the LoRA of an adapter into its base; the memory stays")
+    merge.add_argument("adapter", metavar="DIR", help="folder of an adapter with a LoRA")
+    merge.add_argument("--out", required=True, metavar="DIR", help="gets base/ and adapter/")
+    merge.set_defaults(run=run_merge_lora)
+
+    extract = commands.add_parser("extract-bank", help="write the memory banks of a model or an adapter on their own")
+    extract.add_argument("model", metavar="MODEL", help="folder of a model or an adapter, or its hub id")
+    extract.add_argument("--out", required=True, metavar="DIR", help="gets bank_0/ and so on, for load_bank")
+    extract.set_defaults(run=run_extract_bank)
 
 
 def run_push(args: argparse.Namespace) -> None:
@@ -63,3 +74,16 @@ def run_quantize(args: argparse.Namespace) -> None:
 
     documents = read_folder(args.data, "--data") if args.data else None
     print(quantize(args.model, args.out, args.kind, documents).table(args.kind))
+
+
+def run_merge_lora(args: argparse.Namespace) -> None:
+    from memzoo.hub_cards.parts import merge_lora
+
+    print(f"written: {', '.join(map(str, merge_lora(args.adapter, args.out)))}")
+
+
+def run_extract_bank(args: argparse.Namespace) -> None:
+    from memzoo.hub_cards.parts import extract_banks
+
+    for folder in extract_banks(args.model, args.out):
+        print(f"a bank is in {folder}")

@@ -4,11 +4,11 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 
 from memzoo.hub_cards.bundle import bundle
-from memzoo.hub_cards.card import render_card
-from memzoo.hub_cards.checks import check_folder
+from memzoo.hub_cards.card import is_blank_form, render_card
+from memzoo.hub_cards.checks import check_arrival, check_folder
 from memzoo.modeling.publish import connection, publish
 
 # what belongs to a model; checkpoints, optimizers and logs of a training run stay at home
@@ -28,8 +28,8 @@ def push(
 ) -> str:
     """Publish the model or adapter in `folder` as one commit, with a card and, by default, the code to run it.
 
-    A README.md that is there is kept. Nothing is visible before the commit, which comes after all files are uploaded;
-    an upload that was interrupted is repeated by calling this again.
+    A README.md that is there is kept, unless it is PEFT's empty form. Nothing is visible before the commit, which
+    comes after all files are uploaded; an upload that was interrupted is repeated by calling this again.
 
     Args:
         repo_id: "user/name". private: for a new repository. revision: a branch, made if needed.
@@ -55,7 +55,8 @@ def push(
         check_folder(stage)
         if code and (stage / "config.json").is_file() and not (stage / "adapter_config.json").is_file():
             bundle(stage)
-        if not (stage / "README.md").is_file() and not (stage / "memory.json").is_file():
+        described = (stage / "README.md").is_file() and not is_blank_form(stage / "README.md")
+        if not described and not (stage / "memory.json").is_file():
             render_card(stage, repo_id, license).save(stage / "README.md")
         return publish(stage, repo_id, message, private, revision, token)
 
@@ -74,8 +75,11 @@ def pull(repo_id: str, folder: str | Path, *, revision: str | None = None, token
     with tempfile.TemporaryDirectory(dir=folder.resolve().parent) as scratch:
         arrived = Path(scratch) / "arrived"
         with connection():
-            snapshot_download(repo_id, revision=revision, token=token, local_dir=arrived, allow_patterns=allowed)
+            info = HfApi(token=token).model_info(repo_id, revision=revision, files_metadata=True)
+            snapshot_download(repo_id, revision=info.sha, token=token, local_dir=arrived, allow_patterns=allowed)
         shutil.rmtree(arrived / ".cache", ignore_errors=True)
+        for file in info.siblings or []:
+            check_arrival(arrived / file.rfilename, file.lfs.sha256 if file.lfs else None)
         check_folder(arrived)
         if folder.exists():
             folder.rmdir()

@@ -1,15 +1,14 @@
 """A small Hub on loopback for tests: models only, commits in memory, files on disk, as huggingface_hub's client asks.
 
-`Hub(root)` is a server that runs; point the client at its `url`. With `xet` (a folder), large files go through the
-Xet client into that folder; `drop` breaks so many uploads off in their middle.
+`Hub(root)` is a server that runs; point the client at its `url`. With `xet`, large files go through the Xet client, to
+the storage of `minicas.py` on the same server. `drop` breaks so many requests off in their middle, of those that
+`drop_at` matches: uploads of large files, unless a test says otherwise.
 """
 
 import base64
-import glob
 import hashlib
 import json
 import re
-import struct
 import threading
 import time
 from collections.abc import Callable
@@ -18,8 +17,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
+LICENSES = ("apache-2.0", "mit", "other")
 TOKENS = {"hf_test": "tester", "hf_other": "other"}
 LARGE = (".safetensors", ".png")
+UPLOADS = r"PUT /lfs/.*|POST /cas/.*/(xorbs|shards).*"
 ROUTES: list[tuple[str, re.Pattern, Callable]] = []
 
 
@@ -43,12 +46,12 @@ def git_oid(data: bytes) -> str:
 class Hub(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self, root: Path, xet: Path | None = None) -> None:
+    def __init__(self, root: Path) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         root.mkdir(parents=True, exist_ok=True)
-        self.root, self.xet, self.drop = root, xet, 0
-        self.repos: dict[str, dict[str, Any]] = {}
+        self.root = root
         self.lock = threading.RLock()
+        self.forget()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -56,8 +59,10 @@ class Hub(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def forget(self) -> None:
-        """Be empty again."""
-        self.repos = {}
+        """Be empty again, and whole."""
+        self.repos: dict[str, dict[str, Any]] = {}
+        self.xet, self.xet_files = False, {}  # SHA-256 -> what minicas.py knows of the file
+        self.drop, self.drop_at = 0, UPLOADS
         for path in self.root.iterdir():
             path.unlink()
 
@@ -72,26 +77,6 @@ class Hub(ThreadingHTTPServer):
         repo["branches"][branch] = oid
         return oid
 
-    def xet_files(self) -> dict[str, tuple[str, int]]:
-        """SHA-256 -> (Xet hash, size), from the shards that the client wrote."""
-
-        def name(raw: bytes) -> str:
-            return b"".join(raw[i : i + 8][::-1] for i in range(0, 32, 8)).hex()
-
-        found = {}
-        for path in glob.glob(f"{self.xet}/xet/xorbs/shards/*.mdb"):
-            data, at = Path(path).read_bytes(), 48
-            while at + 48 <= len(data) and data[at : at + 32] != b"\xff" * 32:
-                key = name(data[at : at + 32])
-                flags, entries = struct.unpack_from("<II", data, at + 32)
-                at += 48
-                size = sum(struct.unpack_from("<I", data, at + 48 * i + 36)[0] for i in range(entries))
-                at += 48 * entries * (2 if flags & 0x80000000 else 1)
-                if flags & 0x40000000:
-                    found[name(data[at : at + 32])] = (key, size)
-                    at += 48
-        return found
-
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -103,7 +88,7 @@ class Handler(BaseHTTPRequestHandler):
     def handle_request(self) -> None:
         length = int(self.headers.get("Content-Length") or 0)
         url = urlsplit(self.path)
-        if self.command == "PUT" and self.server.drop:
+        if self.server.drop and re.fullmatch(self.server.drop_at, f"{self.command} {url.path}"):
             self.server.drop -= 1
             self.rfile.read(length // 2)
             self.close_connection = True
@@ -179,7 +164,21 @@ def whoami(h: Handler) -> None:
 
 @route("POST", r"/api/validate-yaml")
 def validate_yaml(h: Handler) -> None:
-    h.reply({"errors": [], "warnings": []})
+    """The Hub's rules for the fields that cards here have."""
+    text = json.loads(h.raw)["content"]
+    data = (yaml.safe_load(text.split("---\n")[1]) if text.startswith("---\n") else None) or {}
+    ids = lambda value: [value] if isinstance(value, str) else value  # noqa: E731
+    rules = {
+        "base_model": lambda value: all(re.fullmatch(r"[\w.-]+/[\w.-]+|[\w.-]+", name) for name in ids(value)),
+        "library_name": lambda value: isinstance(value, str),
+        "license": lambda value: value in LICENSES,
+        "pipeline_tag": lambda value: value in ("text-generation", "text-classification"),
+        "tags": lambda value: all(isinstance(tag, str) and 0 < len(tag) < 101 for tag in value),
+        "model-index": lambda value: all(entry["name"] and "results" in entry for entry in value),
+    }
+    wrong = [name for name, rule in rules.items() if name in data and not rule(data[name])]
+    errors = [{"message": f'"{name}" must be valid, not {data[name]!r}'} for name in wrong]
+    h.reply({"errors": errors, "warnings": []}, 400 if errors else 200)
 
 
 @route("POST", r"/api/repos/create")
@@ -202,6 +201,12 @@ def info(h: Handler, repo_id: str, revision: str) -> None:
     repo = h.repo(repo_id)
     commit, tree = h.tree(repo, revision)
     files = [{"rfilename": path} for path in sorted(tree)]
+    if "blobs" in h.query:
+        for file in files:
+            entry = _entry(file["rfilename"], tree[file["rfilename"]])
+            file |= {"blobId": entry["oid"], "size": entry["size"]}
+            if "lfs" in entry:
+                file["lfs"] = {"sha256": entry["lfs"]["oid"], "size": entry["size"], "pointerSize": 130}
     h.reply({"_id": repo_id, "id": repo_id, "modelId": repo_id, "sha": commit, "private": repo["private"]} | {
         "siblings": files, "tags": [], "downloads": 0, "likes": 0, "gated": False, "disabled": False
     })  # fmt: skip
@@ -270,9 +275,10 @@ def lfs_put(h: Handler, oid: str) -> None:
 
 @route("GET", MODEL + r"/xet-(?:write|read)-token/(.+)")
 def xet_token(h: Handler, repo_id: str, revision: str) -> None:
-    if h.server.xet is None:
+    if not h.server.xet:
         raise Refusal(404, "", "this server has no Xet")
-    url, expires = f"local://{h.server.xet}", str(int(time.time()) + 3600)
+    h.repo(repo_id, write="/xet-write-token/" in h.path)
+    url, expires = f"{h.server.url}/cas", str(int(time.time()) + 3600)
     headers = {"X-Xet-Cas-Url": url, "X-Xet-Access-Token": "t", "X-Xet-Token-Expiration": expires}
     h.reply({"accessToken": "t", "exp": int(expires), "casUrl": url}, headers=headers)
 
@@ -293,12 +299,13 @@ def commit(h: Handler, repo_id: str, revision: str) -> None:
             tree[value["path"]] = {"oid": git_oid(data), "size": len(data)}
         elif key == "lfsFile":
             oid = value["oid"]
-            xet = h.server.xet_files().get(oid, (None, 0)) if h.server.xet else (None, 0)
-            stored = h.server.root / oid
-            if xet[0] is None and not stored.exists():
+            xet, stored = h.server.xet_files.get(oid), h.server.root / oid
+            if xet is None and not stored.exists():
                 raise Refusal(400, "", f"{value['path']} was not uploaded")
-            size = xet[1] or stored.stat().st_size
-            tree[value["path"]] = {"oid": git_oid(oid.encode()), "size": size, "sha256": oid, "xet": xet[0]}
+            size = xet["size"] if xet else stored.stat().st_size
+            tree[value["path"]] = {"oid": git_oid(oid.encode()), "size": size, "sha256": oid}
+            if xet:
+                tree[value["path"]]["xet"] = xet["name"]
         elif key == "deletedFile":
             tree.pop(value["path"])
     oid = h.server.commit(repo, revision, tree, title)

@@ -8,19 +8,47 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from memzoo import MaruConfig, MaruForCausalLM
+import memzoo
 from memzoo.cli import main
 from memzoo.hub_cards.export import RecurrentStep
 
 onnxruntime = pytest.importorskip("onnxruntime")
 IDS = torch.arange(3, 30)[None]
 TINY = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 2, "initializer_range": 0.2}
+WINDOW = {"num_attention_heads": 2, "intermediate_size": 24, "sliding_window": 8}
+FAMILIES = {
+    "maru": {"memory_num_slots": 5, "memory_dim": 6},
+    "dual_memory": WINDOW,
+    "dual_memory, attention": {**WINDOW, "layer_types": ["sliding_attention"]},
+    "neural_memory_transformer": WINDOW,
+    "titan_mac": {**WINDOW, "memory_segment_size": 4},
+    "titan_mac, gate": {**WINDOW, "titans_variant": "mag"},
+    "titan_mac, layer": {**WINDOW, "titans_variant": "mal"},
+    "memory_bank_transformer": {**WINDOW, "memory_num_tokens": 8, "memory_zero_init": False},
+    "memory_bank_transformer, chapters": {
+        **WINDOW,
+        "memory_num_tokens": 8,
+        "memory_num_chapters": 4,
+        "memory_zero_init": False,
+    },
+}
+SLOW = [name for name in FAMILIES if name != "maru"]  # 10 to 20 s each
+
+
+def make(name):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name.split(",")[0], **TINY, **FAMILIES[name])
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def test_every_family_is_here():
+    assert {name.split(",")[0] for name in FAMILIES} == set(memzoo._FAMILIES)
 
 
 @torch.no_grad()
-def test_the_command_writes_graphs_that_continue_each_other(tmp_path, capsys):
-    torch.manual_seed(0)
-    model = MaruForCausalLM(MaruConfig(**TINY, memory_num_slots=5, memory_dim=6)).eval()
+@pytest.mark.parametrize("name", ["maru", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_the_command_writes_graphs_that_continue_each_other(name, tmp_path, capsys):
+    model = make(name)
     model.save_pretrained(tmp_path / "model")
     assert main(["export", str(tmp_path / "model"), "--onnx", str(tmp_path / "onnx")]) == 0
     assert "prefill.onnx: logits within" in capsys.readouterr().out
@@ -37,9 +65,9 @@ def test_the_command_writes_graphs_that_continue_each_other(tmp_path, capsys):
 
 
 @torch.no_grad()
-def test_torch_export_of_the_step():
-    torch.manual_seed(0)
-    model = MaruForCausalLM(MaruConfig(**TINY, memory_num_slots=5, memory_dim=6)).eval()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_torch_export_of_the_step(name):
+    model = make(name)
     step = RecurrentStep(model)
     program = torch.export.export(step, step.example()).module()
     states, parts = tuple(step.before.values()), []
