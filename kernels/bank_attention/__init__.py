@@ -133,14 +133,27 @@ def per_token(chapters: Tensor, log_weights: Tensor, T: int, groups: Tensor | No
 def _whole(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """The batch and the heads that share a key head are folded into the queries, so that the bank is read once."""
     (B, T, H, dh), (kv_heads, _, dv) = q.shape, v.shape
-    if kv_heads == 1:  # nothing moves
-        rows = q.reshape(1, 1, B * T * H, dh)
-        return F.scaled_dot_product_attention(rows, k[None].to(q.dtype), v[None].to(q.dtype), scale=scale).view(
-            B, T, H, dv
-        )
-    q = q.reshape(B * T, kv_heads, -1, dh).permute(1, 2, 0, 3).reshape(1, kv_heads, -1, dh)  # [1, Hk, g B T, dh]
-    out = F.scaled_dot_product_attention(q, k[None].to(q.dtype), v[None].to(q.dtype), scale=scale)
+    k, v = (x[None].to(q.dtype) for x in (k, v))
+    q = q.reshape(B * T, kv_heads, -1, dh).permute(1, 2, 0, 3) if kv_heads > 1 else q
+    q = q.reshape(1, kv_heads, -1, dh)  # [1, Hk, g B T, dh]; with one head nothing moves
+    parts = _parts(q)
+    if parts > 1:
+        q = q.view(kv_heads, parts, -1, dh).transpose(0, 1)
+        k, v = (x.expand(parts, -1, -1, -1) for x in (k, v))
+    out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    if parts > 1:
+        out = out.transpose(0, 1).reshape(1, kv_heads, -1, dv)
+    if kv_heads == 1:
+        return out.view(B, T, H, dv)
     return out.view(kv_heads, H // kv_heads, B, T, dv).permute(2, 3, 0, 1, 4).flatten(2, 3)
+
+
+def _parts(q: Tensor) -> int:
+    """Into how many the rows of q [1, Hk, rows, dh] are split: on the CPU torch's backward has one thread a head."""
+    if q.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return 1
+    wanted = torch.get_num_threads() // q.shape[1]
+    return max((n for n in range(1, wanted + 1) if q.shape[2] % n == 0), default=1)
 
 
 def _check(q, k, v, chapters, log_weights, num_chapters, num_shared, mixing, groups) -> None:
