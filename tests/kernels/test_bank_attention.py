@@ -110,6 +110,28 @@ def test_the_whole_bank():
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("kv_heads, parts", [(1, 4), (2, 2)])
+def test_the_whole_bank_on_four_threads(kv_heads, parts, monkeypatch):
+    """Rows are split among the threads, since torch's backward has one a head."""
+    attend, seen = torch.nn.functional.scaled_dot_product_attention, []
+
+    def watched(q, *args, **options):
+        seen.append(len(q))
+        return attend(q, *args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    shapes = (2, 6, 4, 8), (kv_heads, 10, 8), (kv_heads, 10, 5)
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    results = []
+    for threads in (1, 4):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        out = bank_attention(*inputs)
+        results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+    assert seen == [1, parts]
+    for one, four in zip(*results):
+        torch.testing.assert_close(four, one, rtol=1e-12, atol=1e-12)
+
+
 def test_what_a_token_reads_does_not_depend_on_the_others_to_the_last_bit():
     """Deterministic algorithms are on in the tests, see tests/conftest.py."""
     for dtype in (torch.float32, torch.float64):
