@@ -211,6 +211,8 @@ def main() -> None:
     MODEL.update(hidden_size=args.hidden_size, num_hidden_layers=args.layers)
     torch.set_num_threads(1)
     args.output.mkdir(parents=True, exist_ok=True)
+    if args.eval_bytes < BLOCK:
+        parser.error(f"--eval-bytes {args.eval_bytes} is less than one block of {BLOCK} bytes")
     data = load_blocks(args.eval_bytes)
     for name in OPTIMIZERS:  # compiles the kernels, loads what is loaded on first use
         run(name, 1e-3, 0, 20, (data[0], data[1][:1]), tqdm(disable=True))

@@ -82,7 +82,7 @@ SLOW = {
     "python benchmarks/memory_gru.py": "--shapes 1x16 --rounds 1",
     "python benchmarks/needle.py": "--models mag --lengths 512 --steps 1 --batch-size 1",
     "python benchmarks/neural_memory.py": "--rounds 1",
-    "python benchmarks/optimizers.py": "--hidden-size 8 --steps 20 --rates 1e-2 --seeds 1 --eval-bytes 64",
+    "python benchmarks/optimizers.py": "--hidden-size 8 --steps 20 --rates 1e-2 --seeds 1 --eval-bytes 256",
     "python benchmarks/selective_scan.py": "--shape 1,32,16,4 --rounds 1",
     "python benchmarks/slot_memory.py": "--rounds 1",
     "python examples/agent.py": "--steps 1024 --seeds 1 --length 3 --out agent.png",
