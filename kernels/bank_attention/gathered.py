@@ -48,12 +48,12 @@ def bank_attention_masked(
     (n, H, _), (kv_heads, N, _) = q.shape, k.shape
     wide, C = log_weights.dtype, N // size
     bias = log_weights.new_full((n, C + 1), -torch.inf)  # the last is of slots that are not used
-    bias[:, : shared // size] = 0.0
-    bias.scatter_(1, chapters.remainder(C + 1), log_weights)  # -1 is C
+    bias = bias.scatter(1, chapters.remainder(C + 1), log_weights)  # -1 is C
+    if shared:
+        bias = torch.cat([bias.new_zeros(n, shared // size), bias[:, shared // size :]], 1)
     rows = (q * scale).view(n, kv_heads, -1, q.shape[2]).transpose(0, 1).reshape(kv_heads, -1, q.shape[2])
-    logits = (rows @ k.mT).to(wide)
-    logits.view(kv_heads, n, -1, C, size).add_(bias[:, None, :C, None])
-    p = logits.softmax(-1)
+    logits = (rows @ k.mT).to(wide).view(kv_heads, n, -1, C, size) + bias[:, None, :C, None]
+    p = logits.view(kv_heads, -1, N).softmax(-1)
     if not shared and (torch.compiler.is_exporting() or bool((chapters < 0).any())):
-        p.nan_to_num_(0.0)  # of tokens that read nothing
+        p = p.nan_to_num(0.0)  # of tokens that read nothing
     return (p.to(q.dtype) @ v).view(kv_heads, n, H // kv_heads, -1).transpose(0, 1).flatten(1, 2)
