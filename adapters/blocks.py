@@ -5,10 +5,10 @@ Both take the residual stream x [B, T, D], normalise it without parameters, and 
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from memzoo.adapters.config import MemoryConfig
+from memzoo.kernels.rms_norm import rms_norm
 from memzoo.modeling.memory_bank import MemoryBank, MemoryRead
 from memzoo.modeling.neural_memory import NeuralMemory
 from memzoo.modeling.padding import compaction
@@ -20,24 +20,6 @@ def build_bank(config: MemoryConfig, hidden_size: int) -> MemoryBank:
     config.width(hidden_size)
     rank = None if config.bank_type == "standard" else config.bank_rank
     return MemoryBank(config.num_memory_tokens, hidden_size, config.bank_type, rank, config.num_chapters)
-
-
-class Normalize(torch.autograd.Function):
-    """x / sqrt(mean x^2 + eps) over the last axis, with a backward of three passes: `rms_norm` has ten on a CPU."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-        factor = square.square_().div_(x.shape[-1]).add_(EPS).rsqrt_().to(x.dtype)
-        y = x * factor
-        ctx.save_for_backward(y, factor)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        y, factor = ctx.saved_tensors
-        along = torch.linalg.vecdot(grad, y)[..., None].div_(y.shape[-1])
-        return torch.addcmul(grad, y, along, value=-1).mul_(factor)
 
 
 class MemoryBlock(nn.Module):
@@ -55,7 +37,7 @@ class MemoryBlock(nn.Module):
         x = x if x.ndim == 3 else x.reshape(-1, 1, shape[-1])
         move = compaction(real, x.shape[0], x.shape[1], 0) if self.stateful else None
         mask = move.mask if move is not None else None if self.stateful else real
-        h = Normalize.apply(x.to(dtype))
+        h = rms_norm(x.to(dtype), None, EPS)
         h = h if move is None else move.apply(h)
         y, state, logits = self.read(h, bank, state, mask, prompt_lengths)
         y = y if move is None else move.undo(y)

@@ -56,13 +56,11 @@ def connection() -> Iterator[None]:
         yield
     except Exception as error:
         broken = (ConnectionError, HTTP_ERROR)
-        of_xet = type(error) is RuntimeError and str(error).startswith(
-            "Task error"
-        )  # its downloads have no other kind
+        # Xet's downloads have no other kind of error
+        of_xet = type(error) is RuntimeError and str(error).startswith("Task error")
         cause = error if isinstance(error, broken) or of_xet else error.__cause__
-        if isinstance(error, HfHubHTTPError) or not (
-            of_xet or isinstance(cause, broken)
-        ):  # the Hub's own answers say enough
+        answered = isinstance(error, HfHubHTTPError)  # the Hub's own answers say enough
+        if answered or not (of_xet or isinstance(cause, broken)):
             raise
         raise ConnectionError(
             f"the connection to the Hub broke ({cause}); nothing is half visible, run the same again"

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memzoo.kernels.selective_scan.fused import is_available, run_tasks
+from memzoo.kernels.selective_scan.fused import is_available
+from memzoo.kernels.threads import run_tasks
 
 SEGMENT = 128  # tokens between the states that a forward keeps for its backward
 

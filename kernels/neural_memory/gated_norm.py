@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memzoo.kernels.selective_scan.fused import is_available, run_tasks
+from memzoo.kernels.selective_scan.fused import is_available
+from memzoo.kernels.threads import run_tasks
 
 TASKS = 16  # blocks of rows: each sums its own gradient of the weight
 
