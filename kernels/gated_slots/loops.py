@@ -2,7 +2,7 @@
 
 The matrix form of chunked.py (whose letters these are) with everything of a chunk in cache: a task is one bank of one
 sequence, its state [S, m] and some arrays [CHUNK, S]. What stands on the right of a product needs contiguous rows,
-hence transposed copies (`_t`); S and m are padded with zeros, which change nothing, to what products.py asks for.
+hence transposed copies (`_t`); S and m are padded with zeros, which change nothing, to what kernels/tiles.py asks for.
 """
 
 from collections import namedtuple
@@ -13,9 +13,9 @@ from numba import njit
 from memzoo.kernels.gated_slots.fused import CHUNK, SEGMENT
 from memzoo.kernels.gated_slots.reference import MAX_ERASE
 from memzoo.kernels.memory_gru.loops import maximum
-from memzoo.kernels.neural_memory.products import PAD, add_product, product, transpose
 from memzoo.kernels.selective_scan.elementwise import exp
 from memzoo.kernels.selective_scan.fused_kernels import FAST, OPTIONS
+from memzoo.kernels.tiles import PAD, add_product, product, transpose
 
 # Q, K, w, keep, up = P_{t-1}, down = 1 / P_t, ends = K P_C [CHUNK, S]; value, dy [CHUNK, m]; A [CHUNK, CHUNK]
 Chunk = namedtuple("Chunk", "Q K w keep up down ends K_t value dy A")

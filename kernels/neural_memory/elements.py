@@ -1,7 +1,7 @@
 """What the compiled loops do element by element: activations with two derivatives, norms and factors.
 
 Features are rows and tokens are columns, [d, n]; `kind` is 0 for silu and 1 for gelu. Numba's cache on disk does not
-notice a change here or in `products.py`: touch the files of the loops after one.
+notice a change here or in `kernels/tiles.py`: touch the files of the loops after one.
 """
 
 import math

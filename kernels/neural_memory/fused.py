@@ -16,9 +16,10 @@ __all__ = ["is_available", "neural_memory_fused"]
 
 @functools.cache
 def _loops():
-    from memzoo.kernels.neural_memory import elements, loops, loops_backward, products
+    from memzoo.kernels.neural_memory import elements, loops, loops_backward
+    from memzoo.kernels.tiles import PAD
 
-    return loops, loops_backward, elements.KINDS, products.PAD
+    return loops, loops_backward, elements.KINDS, PAD
 
 
 @functools.cache

@@ -14,8 +14,8 @@ import numpy as np
 from numba import njit
 
 from memzoo.kernels.neural_memory.elements import activate, activate_with_slope, multiply, scale_columns, square_norms
-from memzoo.kernels.neural_memory.products import PAD, add_product, mix_add, prefetch, product, scale_add, transpose
 from memzoo.kernels.selective_scan.fused_kernels import FAST, OPTIONS
+from memzoo.kernels.tiles import PAD, add_product, mix_add, prefetch, product, scale_add, transpose
 
 Rule = namedtuple(
     "Rule", "widths pads chunk block stride kind clip threshold residual own_write detach_every normalize tiny"

@@ -29,8 +29,8 @@ from memzoo.kernels.neural_memory.loops import (
     states_of,
     store_state,
 )
-from memzoo.kernels.neural_memory.products import add_product, mix_add, product, scale_add, transpose
 from memzoo.kernels.selective_scan.fused_kernels import FAST, OPTIONS
+from memzoo.kernels.tiles import add_product, mix_add, product, scale_add, transpose
 
 # Gradients of a segment's h and delta [slots, L, P, block] and of the gates [slots, block].
 Grads = namedtuple("Grads", "h delta keep eta w")
