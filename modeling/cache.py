@@ -115,8 +115,9 @@ class MemoryLayer(CacheLayerMixin):
 class MemoryCache(Cache):
     """The memory of a batch of sequences, passed to memzoo's models as `past_key_values`.
 
-    Its size does not depend on how much was read (`nbytes`). It is functional: a forward replaces states and leaves
-    the old tensors alone, so gradients flow across segments and a `clone()` costs nothing.
+    Its size (`nbytes`) does not depend on how much was read, except for layers of full attention, which keep every
+    token. It is functional: a forward replaces states and leaves the old tensors alone, so gradients flow across
+    segments and a `clone()` costs nothing.
 
     Args:
         config: the configuration of the model that the memory belongs to.
@@ -344,8 +345,8 @@ class MemoryGenerationMixin(GenerationMixin):
         name = type(self).__name__
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
-                f"{name} has no {generation_config.cache_implementation!r} cache: its memory is a MemoryCache of "
-                "constant size. Remove cache_implementation."
+                f"{name} has no {generation_config.cache_implementation!r} cache: its memory is a MemoryCache. "
+                "Remove cache_implementation."
             )
         cache = model_kwargs.get("past_key_values")
         if cache is None:
