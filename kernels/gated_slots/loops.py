@@ -12,7 +12,7 @@ from numba import njit
 
 from memzoo.kernels.gated_slots.fused import CHUNK, SEGMENT
 from memzoo.kernels.gated_slots.reference import MAX_ERASE
-from memzoo.kernels.memory_gru.loops import maximum
+from memzoo.kernels.memory_gru.elements import maximum
 from memzoo.kernels.selective_scan.elementwise import exp
 from memzoo.kernels.selective_scan.fused_kernels import FAST, OPTIONS
 from memzoo.kernels.tiles import PAD, add_product, product, transpose

@@ -3,7 +3,8 @@
 import numpy as np
 
 from memzoo.kernels.gated_slots.reference import MAX_ERASE
-from memzoo.kernels.memory_gru.loops import add_matvec, dot, jit, one_plus_softplus, route, sigmoid, softmax, tanh
+from memzoo.kernels.memory_gru.elements import add_matvec, dot, jit, one_plus_softplus, sigmoid, softmax, tanh
+from memzoo.kernels.memory_gru.loops import route
 from memzoo.kernels.memory_mingru.fused import READ_EPS
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 from numba import njit
 
-from memzoo.kernels.memory_gru.loops import sigmoid, tanh
+from memzoo.kernels.memory_gru.elements import sigmoid, tanh
 from memzoo.kernels.selective_scan.fused_kernels import FAST, OPTIONS
 
 BLOCK = 64
