@@ -37,13 +37,13 @@ class MemoryBlock(nn.Module):
         x = x if x.ndim == 3 else x.reshape(-1, 1, shape[-1])
         move = compaction(real, x.shape[0], x.shape[1], 0) if self.stateful else None
         mask = move.mask if move is not None else None if self.stateful else real
-        h = rms_norm(x.to(dtype), None, EPS)
-        h = h if move is None else move.apply(h)
+        h = x.to(dtype) if move is None else move.apply(x.to(dtype))
         y, state, logits = self.read(h, bank, state, mask, prompt_lengths)
         y = y if move is None else move.undo(y)
         return y.to(x.dtype).view(shape), state, logits
 
     def read(self, h, bank, state, mask, prompt_lengths):
+        """Of h [B, T, D] before its norm, real tokens first."""
         raise NotImplementedError
 
 
@@ -64,6 +64,7 @@ class BankBlock(MemoryBlock):
             config.num_shared_chapters,
             dropout=config.dropout,
             zero_init=config.init_weights,
+            norm_eps=EPS,
         )
         self.memory.init_weights(hidden_size**-0.5)
         if self.memory.router is not None:
@@ -86,7 +87,7 @@ class NeuralBlock(MemoryBlock):
             nn.init.zeros_(self.memory.o_proj.weight)
 
     def read(self, h, bank, state, mask, prompt_lengths):
-        y, state = self.memory(h, state, mask)
+        y, state = self.memory(rms_norm(h, None, EPS), state, mask)
         return self.dropout(y), state, None
 
 

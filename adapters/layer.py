@@ -7,13 +7,13 @@ methods, and modules that they refer to are kept in tuples: `deepcopy` makes a m
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from inspect import signature
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from memzoo.adapters.blocks import build_bank, build_block
+from memzoo.adapters.blocks import BankBlock, build_bank, build_block
 from memzoo.adapters.config import MemoryConfig
 from memzoo.adapters.states import Call
 from memzoo.modeling.chapter_router import router_losses
@@ -135,6 +135,22 @@ class _Now:
     later: list[str] = field(default_factory=list)  # adapters of variant B
     x: Tensor | None = None
     m: Tensor | None = None
+    alone: "_Alone | None" = None  # kept from call to call, found again when the adapters change
+
+
+class _Alone(NamedTuple):
+    """The only memory to read before a layer's feed-forward, a bank's; and the active adapters when it was found."""
+
+    active: Any
+    disabled: bool
+    name: str = ""
+    block: nn.Module | None = None  # None: more than one bank is read, or something else
+    bank: tuple[dict[str, Any], str] | None = None  # which dict holds it, by what name
+
+    def holds(self, layer: "MemoryLayer") -> bool:
+        if layer._active_adapter is not self.active or layer._disable_adapters is not self.disabled:
+            return False
+        return self.block is None or layer._modules["memzoo_blocks"]._modules.get(self.name) is self.block
 
 
 class MemoryLayer(nn.Module, _OnBase):
@@ -170,6 +186,7 @@ class MemoryLayer(nn.Module, _OnBase):
     def add_memory(self, adapter: str, config: MemoryConfig, group: int | None) -> None:
         self.configs[adapter], self.groups[adapter] = config, group
         self.memzoo_blocks[adapter] = build_block(config, self.in_features, own_bank=group is None)
+        self._now.alone = None
         self._move_adapter_to_device_of_base_layer(adapter)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -181,6 +198,9 @@ class MemoryLayer(nn.Module, _OnBase):
 
     def _enter(self, entry: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         x, *rest = args
+        if not self.training and not torch.compiler.is_compiling() and (m := self._step(x)) is not None:
+            self._now.m = m
+            return x + m, *rest
         now, names = self._now, self._reading()
         now.later = [name for name in names if self.configs[name].block_variant == "B"]
         now.x = x if now.later else None
@@ -196,6 +216,30 @@ class MemoryLayer(nn.Module, _OnBase):
             y = y + self._read(now.later, now.x + y)
         now.call, now.x, now.m = Call(), None, None
         return (y, *output[1:]) if isinstance(output, tuple) else y
+
+    def _step(self, x: Tensor) -> Tensor | None:
+        """A whole read of a token in few calls, which are most of its time; None where it is no bank's alone."""
+        if x.ndim != 3 or x.shape[1] != 1 or torch.is_grad_enabled():
+            return None
+        alone = self._now.alone
+        if alone is None or not alone.holds(self):
+            alone = self._now.alone = self._find_alone()
+        if (block := alone.block) is None or alone.bank is None:
+            return None
+        (banks, name), read = alone.bank, block._modules["memory"]
+        if block._forward_hooks or block._forward_pre_hooks or read._forward_hooks or read._forward_pre_hooks:
+            return None
+        step = read.step(x, banks[name])
+        return None if step is None else step[0]
+
+    def _find_alone(self) -> _Alone:
+        names, state = self._reading(), (self._active_adapter, self._disable_adapters)
+        block = self.memzoo_blocks[names[0]] if len(names) == 1 else None
+        if not isinstance(block, BankBlock) or block.stateful or self.configs[names[0]].block_variant != "A":
+            return _Alone(*state)
+        if (group := self.groups[names[0]]) is None:
+            return _Alone(*state, names[0], block, (block._modules, "bank"))
+        return _Alone(*state, names[0], block, (self._host[0].memzoo_banks[names[0]]._modules, str(group)))
 
     def _reading(self) -> list[str]:
         """The active adapters that have a memory here."""

@@ -20,6 +20,20 @@ class AdapterState(MemoryLayer):
 
     is_compileable = True  # or else the base's attention would not mask what a static cache has not filled
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.following: Any = None  # of a cache that offloads, the layer that is needed after ours
+
+    def prefetch(self) -> None:
+        """Also what an offloading cache would fetch during the base's last layer, were we not behind it: its first."""
+        super().prefetch()
+        if self.following is not None:
+            self.following.prefetch()
+
+    def read(self) -> dict[str, Tensor]:
+        super().prefetch()
+        return self.states
+
     def of(self, adapter: str, batch: int) -> dict[str, Tensor]:
         """The states of an adapter, empty before its first token.
 
@@ -45,6 +59,9 @@ def attach(cache: Cache, states: list[AdapterState], num_layers: int) -> None:
     if cache.layer_class_to_replicate is not None:
         while len(cache.layers) < num_layers:
             cache.layers.append(cache.layer_class_to_replicate())
+    if cache.offloading and states:
+        resident = [cache.only_non_sliding and sliding for sliding in cache.is_sliding]
+        states[0].following = next((layer for layer, stays in zip(cache.layers, resident) if not stays), None)
     cache.layers.extend(states)
 
 

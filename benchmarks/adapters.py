@@ -2,8 +2,8 @@
 
     python benchmarks/adapters.py [train | decode | both] [--rounds N] [--threads N]
 
-Each round times every model once, one after another; the table has the best time of each (CPU time with one thread),
-and the part of it that is arithmetic: the FLOPs of its matrix products at the rate of one of the base's own.
+Each round times every model once, one after another; the table has the best time of each (CPU time with one thread)
+and, for training, the part of it that is arithmetic: the FLOPs of its matrix products at the rate of one of them.
 """
 
 import argparse
@@ -100,6 +100,7 @@ def flops(step) -> int:
         aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *args, **kwargs: (
             sdpa_backward_flop_count(g, q, k, v)
         ),
+        aten.addmm_: lambda to, a, b, **kwargs: 2 * a[0] * a[1] * b[1],
         memzoo.bank_attention: routed,
         memzoo.bank_attention_backward: routed_backward,
     }
@@ -115,15 +116,18 @@ def rate(rounds: int) -> float:
     return 2 * 512 * HIDDEN * FFN / best
 
 
-def table(title: str, steps: dict, rounds: int, repeats: int) -> None:
-    times, speed = best_times(steps, rounds, repeats), rate(rounds)
-    base = times["frozen base"]
-    print(
-        f"\n{title}\n\n| | ms | of the base | GFLOP | of these at the rate of a product, ms |\n|---|---|---|---|---|"
-    )
+def table(title: str, steps: dict, rounds: int, repeats: int, arithmetic: bool) -> None:
+    times = best_times(steps, rounds, repeats)
+    base, names = times["frozen base"], ["", "ms", "of the base"]
+    if arithmetic:
+        speed, names = rate(rounds), [*names, "GFLOP", "of these at the rate of a product, ms"]
+    print(f"\n{title}\n\n| {' | '.join(names)} |\n|{'---|' * len(names)}")
     for name, step in steps.items():
-        work = flops(step)
-        print(f"| {name} | {times[name]:.1f} | {times[name] / base:.2f} | {work / 1e9:.2f} | {work / speed:.1f} |")
+        cells = [name, f"{times[name]:.1f}", f"{times[name] / base:.2f}"]
+        if arithmetic:
+            work = flops(step)
+            cells += [f"{work / 1e9:.2f}", f"{work / speed:.1f}"]
+        print(f"| {' | '.join(cells)} |")
 
 
 def main() -> None:
@@ -137,10 +141,10 @@ def main() -> None:
     models = {name: build(config) for name, config in METHODS.items()}
     if arguments.what in ("train", "both"):
         steps = {name: lambda model=model: train_step(model.train(), ids) for name, model in models.items()}
-        table("Forward and backward, B=2, T=256", steps, arguments.rounds, 1)
+        table("Forward and backward, B=2, T=256", steps, arguments.rounds, 1, arithmetic=True)
     if arguments.what in ("decode", "both"):
         steps = {name: decoder(model.eval(), ids) for name, model in models.items() if "prefix" not in name}
-        table("A token after 256, B=2", steps, 4 * arguments.rounds, 4)
+        table("A token after 256, B=2", steps, 4 * arguments.rounds, 4, arithmetic=False)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """What reading a memory bank costs: chapters of a huge bank, and the layer against the arithmetic it does.
 
-OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 python benchmarks/bank_attention.py [routed] [layer] [decode]
+python benchmarks/bank_attention.py [routed] [layer] [decode] [--threads N]
 
 routed: a bank of 131,072 tokens in 512 chapters of which each token reads 4, against a whole bank of 1,024 tokens:
     equally many tokens are read. K and V are given.
 layer: forward + backward of `MemoryRead` over a bank of 2,048 tokens, and of a whole model with it on every layer,
     against the time that its matrix products would take at the rate of one large product, measured in the same run.
 decode: one token at a time, with the bank's keys and values kept.
-Each is the best CPU time of one thread over alternated rounds, which other work on the machine disturbs least.
+Each is the best of alternated rounds: CPU time of one thread, which other work on the machine disturbs least, or the
+clock's of several. With NUMBA_DISABLE_JIT=1 the routed reads are those of torch operators.
 """
 
 import argparse
@@ -22,14 +23,15 @@ from memzoo.modeling.memory_bank import MemoryBank, MemoryRead
 
 
 def best_of(rounds: int, contestants: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Best CPU milliseconds of each, taking turns."""
+    """Best milliseconds of each, taking turns."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     best = dict.fromkeys(contestants, float("inf"))
     for i in range(rounds + 1):  # the first round warms up
         for name, run in contestants.items():
-            start = time.process_time()
+            start = clock()
             run()
             if i:
-                best[name] = min(best[name], 1e3 * (time.process_time() - start))
+                best[name] = min(best[name], 1e3 * (clock() - start))
     return best
 
 
@@ -129,8 +131,9 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", default=["routed", "layer", "decode"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384])
+    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     for part in arguments.parts:
         if part == "routed":

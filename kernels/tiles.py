@@ -7,6 +7,7 @@ times a vector of B's columns. So B and the result must be contiguous along colu
 Shapes are multiples of PAD. All arrays are [rows, columns], float32 or float64.
 """
 
+from collections import namedtuple
 from itertools import chain
 
 from llvmlite import binding, ir
@@ -24,17 +25,17 @@ VECTOR = 64 if _wide else 16 if _arm else 32  # bytes
 SUMS = 16 if _wide or _arm else 8  # vectors of sums: half of the registers
 
 
-def _tile(rows: int, vectors: int, terms: int):
-    """tile(out, m, n, x, y, X, Y, A, B): the rows x vectors of out at [m, n] are those of A B + x X + y Y, or of the
-    first one or two of these terms."""
+def _tile(rows: int, vectors: int, terms: int, fetch: bool = False):
+    """tile(out, m, n, x, y, X, Y, A, B, ahead, step): the rows x vectors of out at [m, n] are those of
+    A B + x X + y Y, or of the first one or two of these terms. If `fetch`, it asks for the memory at `ahead` and on,
+    `step` bytes for every column of A."""
 
     @intrinsic
-    def tile(_, out, m, n, x, y, X, Y, A, B):
+    def tile(_, out, m, n, x, y, X, Y, A, B, ahead, step):
         def generate(context, builder, signature, args):
             real, i64 = context.get_value_type(signature.args[0].dtype), ir.IntType(64)
             size = signature.args[0].dtype.bitwidth // 8
             vector = ir.VectorType(real, VECTOR // size)
-            lane = ir.VectorType(ir.IntType(32), VECTOR // size)
 
             def array(i):
                 parts = context.make_array(signature.args[i])(context, builder, args[i])
@@ -49,15 +50,8 @@ def _tile(rows: int, vectors: int, terms: int):
             def load(place, kind):
                 return builder.load(builder.inttoptr(place, kind.as_pointer()), align=size)
 
-            def splat(value):
-                one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.IntType(32)(0))
-                return builder.shuffle_vector(one, one, ir.Constant(lane, None))
-
-            def multiply_add(a, b, c):
-                return builder.fadd(builder.fmul(a, b, flags=["contract"]), c, flags=["contract"])
-
             (A, (A_row, A_k), A_shape), (B, (B_k, _), _) = array(7), array(8)
-            m, n, x, y = args[1:5]
+            (m, n, x, y), (ahead, step) = args[1:5], args[9:]
             C, X, Y = ((at(place, (m, row), (n, size)), row) for place, (row, _), _ in map(array, (0, 5, 6)))
             A, B = at(A, (m, A_row)), at(B, (n, size))
             A_rows = [at(ir.Constant(i64, 0), (r, A_row)) for r in range(rows)]
@@ -65,15 +59,17 @@ def _tile(rows: int, vectors: int, terms: int):
             after = builder.append_basic_block("store")
             builder.branch(loop)
             builder.position_at_end(loop)
-            k, a, b = (builder.phi(i64) for _ in range(3))
+            k, a, b, there = (builder.phi(i64) for _ in range(4))
             sums = [[builder.phi(vector) for _ in range(vectors)] for _ in range(rows)]
+            if fetch:
+                ask(builder, there)
             columns = [load(at(b, (j, VECTOR)), vector) for j in range(vectors)]
             new = []
             for row, old in zip(A_rows, sums):
-                value = splat(load(builder.add(a, row), real))
-                new.append([multiply_add(value, column, s) for column, s in zip(columns, old)])
-            following = at(k, (1, 1)), at(a, (1, A_k)), at(b, (1, B_k))
-            for phi, first, then in zip((k, a, b), (ir.Constant(i64, 0), A, B), following):
+                value = splat(builder, load(builder.add(a, row), real), vector)
+                new.append([multiply_add(builder, value, column, s) for column, s in zip(columns, old)])
+            following = at(k, (1, 1)), at(a, (1, A_k)), at(b, (1, B_k)), at(there, (1, step))
+            for phi, first, then in zip((k, a, b, there), (ir.Constant(i64, 0), A, B, ahead), following):
                 phi.add_incoming(first, before)
                 phi.add_incoming(then, loop)
             for old, then in zip(chain(*sums), chain(*new)):
@@ -86,20 +82,45 @@ def _tile(rows: int, vectors: int, terms: int):
                 for j in range(vectors):
                     value = new[r][j]
                     for factor, (place, row) in ((x, X), (y, Y))[: terms - 1]:
-                        value = multiply_add(splat(factor), load(at(place, (r, row), (j, VECTOR)), vector), value)
+                        there = load(at(place, (r, row), (j, VECTOR)), vector)
+                        value = multiply_add(builder, splat(builder, factor, vector), there, value)
                     place = at(C[0], (r, C[1]), (j, VECTOR))
                     builder.store(value, builder.inttoptr(place, vector.as_pointer()), align=size)
             return context.get_dummy_value()
 
-        return types.void(out, m, n, x, y, X, Y, A, B), generate
+        return types.void(out, m, n, x, y, X, Y, A, B, types.int64, types.int64), generate
 
     return tile
 
 
-def _pointer(context, builder, kind, value):
+def multiply_add(builder, a, b, c):
+    return builder.fadd(builder.fmul(a, b, flags=["contract"]), c, flags=["contract"])
+
+
+def splat(builder, value, vector):
+    """The number in all places of a vector."""
+    one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.IntType(32)(0))
+    return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(ir.IntType(32), vector.count), None))
+
+
+def pointer(context, builder, kind, value):
     """An array's first byte as a number, and the strides of its axes."""
     parts = context.make_array(kind)(context, builder, value)
     return builder.ptrtoint(parts.data, ir.IntType(64)), cgutils.unpack_tuple(builder, parts.strides)
+
+
+def turn(builder, rows):
+    """Transpose a square of vectors in place."""
+    lanes, k = len(rows), 1
+    index = ir.VectorType(ir.IntType(32), lanes)
+    while k < lanes:  # swap the off-diagonal k x k blocks of every 2k x 2k one
+        low = ir.Constant(index, [j + (lanes - k if j & k else 0) for j in range(lanes)])
+        high = ir.Constant(index, [j + (lanes if j & k else k) for j in range(lanes)])
+        for i in range(lanes):
+            if not i & k:
+                a, b = rows[i], rows[i + k]
+                rows[i], rows[i + k] = builder.shuffle_vector(a, b, low), builder.shuffle_vector(a, b, high)
+        k *= 2
 
 
 @intrinsic
@@ -110,7 +131,6 @@ def _turn(_, x, out, m, n):
         i64, size = ir.IntType(64), signature.args[0].dtype.bitwidth // 8
         lanes = VECTOR // size
         vector = ir.VectorType(context.get_value_type(signature.args[0].dtype), lanes)
-        index = ir.VectorType(ir.IntType(32), lanes)
 
         def row(base, stride, r, c, i):
             at = builder.add(base, builder.mul(stride, builder.add(r, ir.Constant(i64, i))))
@@ -118,19 +138,11 @@ def _turn(_, x, out, m, n):
             return builder.inttoptr(at, vector.as_pointer())
 
         (base, (stride, _)), (to, (to_stride, _)) = (
-            _pointer(context, builder, kind, arg) for kind, arg in zip(signature.args[:2], args[:2])
+            pointer(context, builder, kind, arg) for kind, arg in zip(signature.args[:2], args[:2])
         )
         m, n = args[2:]
         rows = [builder.load(row(base, stride, m, n, i), align=size) for i in range(lanes)]
-        k = 1
-        while k < lanes:  # swap the off-diagonal k x k blocks of every 2k x 2k one
-            low = ir.Constant(index, [j + (lanes - k if j & k else 0) for j in range(lanes)])
-            high = ir.Constant(index, [j + (lanes if j & k else k) for j in range(lanes)])
-            for i in range(lanes):
-                if not i & k:
-                    a, b = rows[i], rows[i + k]
-                    rows[i], rows[i + k] = builder.shuffle_vector(a, b, low), builder.shuffle_vector(a, b, high)
-            k *= 2
+        turn(builder, rows)
         for i, x in enumerate(rows):
             builder.store(x, row(to, to_stride, n, m, i), align=size)
         return context.get_dummy_value()
@@ -138,26 +150,29 @@ def _turn(_, x, out, m, n):
     return types.void(x, out, m, n), generate
 
 
-@intrinsic
-def _prefetch(_, x, at):
-    """Ask for the cache line of x[at]."""
+def ask(builder, address):
+    """Prefetch the cache line there."""
+    byte, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
+    kind = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [builder.inttoptr(address, byte), i32(0), i32(3), i32(1)])  # to read, all caches, data
 
+
+@intrinsic
+def _prefetch(_, address):
     def generate(context, builder, signature, args):
-        (base, (stride,)) = _pointer(context, builder, signature.args[0], args[0])
-        byte, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
-        place = builder.inttoptr(builder.add(base, builder.mul(args[1], stride)), byte)
-        kind = ir.FunctionType(ir.VoidType(), [byte, i32, i32, i32])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(function, [place, i32(0), i32(3), i32(1)])  # to read, into all caches, data
+        ask(builder, args[0])
         return context.get_dummy_value()
 
-    return types.void(x, at), generate
+    return types.void(types.int64), generate
 
 
 SHAPES = [(SUMS, 1), (SUMS // 2, 2), (SUMS // 4, 4)]
 _set1, _set2, _set4 = (_tile(*shape, 1) for shape in SHAPES)
 _add1, _add2, _add4 = (_tile(*shape, 2) for shape in SHAPES)
 _mix1, _mix2, _mix4 = (_tile(*shape, 3) for shape in SHAPES)
+_fetch_set1, _fetch_set2, _fetch_set4 = (_tile(*shape, 1, fetch=True) for shape in SHAPES)
+_fetch_add1, _fetch_add2, _fetch_add4 = (_tile(*shape, 2, fetch=True) for shape in SHAPES)
 
 
 def _signatures(*kinds: str) -> list:
@@ -174,13 +189,13 @@ def product(out, A, B):
     half = N // (2 * lanes) * 2 * lanes
     for n in range(0, wide, 4 * lanes):
         for m in range(0, M, SUMS // 4):
-            _set4(out, m, n, zero, zero, out, out, A, B)
+            _set4(out, m, n, zero, zero, out, out, A, B, 0, 0)
     for n in range(wide, half, 2 * lanes):
         for m in range(0, M, SUMS // 2):
-            _set2(out, m, n, zero, zero, out, out, A, B)
+            _set2(out, m, n, zero, zero, out, out, A, B, 0, 0)
     for n in range(half, N, lanes):
         for m in range(0, M, SUMS):
-            _set1(out, m, n, zero, zero, out, out, A, B)
+            _set1(out, m, n, zero, zero, out, out, A, B, 0, 0)
 
 
 @njit(_signatures("array", "number", "array", "array", "array"), **OPTIONS)
@@ -192,13 +207,13 @@ def scale_add(out, x, X, A, B):
     half = N // (2 * lanes) * 2 * lanes
     for n in range(0, wide, 4 * lanes):
         for m in range(0, M, SUMS // 4):
-            _add4(out, m, n, x, x, X, X, A, B)
+            _add4(out, m, n, x, x, X, X, A, B, 0, 0)
     for n in range(wide, half, 2 * lanes):
         for m in range(0, M, SUMS // 2):
-            _add2(out, m, n, x, x, X, X, A, B)
+            _add2(out, m, n, x, x, X, X, A, B, 0, 0)
     for n in range(half, N, lanes):
         for m in range(0, M, SUMS):
-            _add1(out, m, n, x, x, X, X, A, B)
+            _add1(out, m, n, x, x, X, X, A, B, 0, 0)
 
 
 @njit(_signatures("array", "number", "array", "number", "array", "array", "array"), **OPTIONS)
@@ -210,13 +225,13 @@ def mix_add(out, x, X, y, Y, A, B):
     half = N // (2 * lanes) * 2 * lanes
     for n in range(0, wide, 4 * lanes):
         for m in range(0, M, SUMS // 4):
-            _mix4(out, m, n, x, y, X, Y, A, B)
+            _mix4(out, m, n, x, y, X, Y, A, B, 0, 0)
     for n in range(wide, half, 2 * lanes):
         for m in range(0, M, SUMS // 2):
-            _mix2(out, m, n, x, y, X, Y, A, B)
+            _mix2(out, m, n, x, y, X, Y, A, B, 0, 0)
     for n in range(half, N, lanes):
         for m in range(0, M, SUMS):
-            _mix1(out, m, n, x, y, X, Y, A, B)
+            _mix1(out, m, n, x, y, X, Y, A, B, 0, 0)
 
 
 @njit(_signatures("array", "array", "array"), **OPTIONS)
@@ -237,5 +252,57 @@ def transpose(x, out):
 @njit(**OPTIONS)
 def prefetch(x, start, length):
     """Ask for x[start : start + length], x flat, before it is needed."""
-    for at in range(start, start + length, 64 // x.itemsize):
-        _prefetch(x, at)
+    first = x.ctypes.data + start * x.itemsize
+    for line in range(0, length * x.itemsize, 64):
+        _prefetch(first + line)
+
+
+# What is asked for during products: memory from one address on, and rows at any addresses, a few with every tile. In
+# `state` that address, the bytes for every column of A, the first and last row, rows a tile, bytes of a row.
+Ahead = namedtuple("Ahead", "rows state")
+
+
+@njit(**OPTIONS)
+def _ask_for_rows(ahead):
+    state = ahead.state
+    first, last = state[2], min(state[2] + state[4], state[3])
+    for i in range(first, last):
+        for line in range(0, state[5], 64):
+            _prefetch(ahead.rows[i] + line)
+    state[2] = last
+
+
+@njit(**OPTIONS)
+def product_ahead(out, x, X, A, B, ahead):
+    """out = x X + A B, while memory that later products read comes near."""
+    lanes, zero = VECTOR // out.itemsize, out.dtype.type(0)
+    M, N = out.shape
+    wide = N // (4 * lanes) * 4 * lanes
+    half = N // (2 * lanes) * 2 * lanes
+    at, step = ahead.state[0], ahead.state[1]
+    stride = step * A.shape[1]
+    for n in range(0, wide, 4 * lanes):
+        for m in range(0, M, SUMS // 4):
+            _ask_for_rows(ahead)
+            if x == 0:
+                _fetch_set4(out, m, n, zero, zero, out, out, A, B, at, step)
+            else:
+                _fetch_add4(out, m, n, x, x, X, X, A, B, at, step)
+            at += stride
+    for n in range(wide, half, 2 * lanes):
+        for m in range(0, M, SUMS // 2):
+            _ask_for_rows(ahead)
+            if x == 0:
+                _fetch_set2(out, m, n, zero, zero, out, out, A, B, at, step)
+            else:
+                _fetch_add2(out, m, n, x, x, X, X, A, B, at, step)
+            at += stride
+    for n in range(half, N, lanes):
+        for m in range(0, M, SUMS):
+            _ask_for_rows(ahead)
+            if x == 0:
+                _fetch_set1(out, m, n, zero, zero, out, out, A, B, at, step)
+            else:
+                _fetch_add1(out, m, n, x, x, X, X, A, B, at, step)
+            at += stride
+    ahead.state[0] = at

@@ -80,14 +80,17 @@ class ChapterRouter(nn.Module):
         if mask is not None:
             routed = mask.bool() if routed is None else routed & mask.bool()
         logits = self.gate(r.to(self.gate.weight.dtype)).to(torch.promote_types(x.dtype, torch.float32))
-        chapters, log_weights = choose(logits, self.halves, self.top_k)
-        if self.normalize:
-            log_weights = log_weights.log_softmax(-1)
+        return self.decide(logits, routed), new_state
+
+    def decide(self, logits: Tensor, routed: Tensor | None) -> Choice:
+        """From the gate's logits; `routed` [B, T] bool, None for all."""
+        chapters, scores = _best(logits, self.halves, self.top_k)
+        log_weights = scores.log_softmax(-1) if self.normalize else scores - _log_total(logits, self.halves)
         if routed is not None:
             unrouted = ~routed[..., None]
             chapters, log_weights = chapters.masked_fill(unrouted, -1), log_weights.masked_fill(unrouted, 0.0)
             logits = logits.masked_fill(unrouted, -torch.inf)
-        return Choice(chapters, log_weights, logits), new_state
+        return Choice(chapters, log_weights, logits)
 
     def _pool(
         self, x: Tensor, state: dict[str, Tensor], mask: Tensor | None, prompt_lengths: Tensor | None
@@ -150,14 +153,25 @@ def product_sizes(num_chapters: int) -> tuple[int, int]:
 
 def choose(logits: Tensor, halves: tuple[int, ...], top_k: int) -> tuple[Tensor, Tensor]:
     """The top k chapters [..., k] and their log-probabilities among all."""
+    chapters, scores = _best(logits, halves, top_k)
+    return chapters, scores - _log_total(logits, halves)
+
+
+def _best(logits: Tensor, halves: tuple[int, ...], top_k: int) -> tuple[Tensor, Tensor]:
+    """The top k chapters [..., k] and their scores."""
     if len(halves) == 1:
-        log_p, chapters = logits.log_softmax(-1).topk(top_k, -1)
-        return chapters, log_p
-    (a, i), (b, j) = (x.log_softmax(-1).topk(min(top_k, x.shape[-1]), -1) for x in logits.split(halves, -1))
-    pairs = (a[..., :, None] + b[..., None, :]).flatten(-2)
-    log_p, best = pairs.topk(top_k, -1)
+        scores, chapters = logits.topk(top_k, -1)
+        return chapters, scores
+    (a, i), (b, j) = (x.topk(min(top_k, x.shape[-1]), -1) for x in logits.split(halves, -1))
+    scores, best = (a[..., :, None] + b[..., None, :]).flatten(-2).topk(top_k, -1)
     width = b.shape[-1]
-    return i.gather(-1, best // width) * halves[1] + j.gather(-1, best % width), log_p
+    return i.gather(-1, best // width) * halves[1] + j.gather(-1, best % width), scores
+
+
+def _log_total(logits: Tensor, halves: tuple[int, ...]) -> Tensor:
+    """log sum_c exp(score of c) [..., 1]."""
+    total = logits.split(halves, -1)[0].logsumexp(-1, keepdim=True)
+    return total if len(halves) == 1 else total + logits[..., halves[0] :].logsumexp(-1, keepdim=True)
 
 
 def router_losses(
@@ -169,22 +183,22 @@ def router_losses(
     and P the mean probability: 1 when uniform. L_var = C sum_c (P_c - 1 / C)^2: 0 when uniform.
     L_z = mean logsumexp^2 (arXiv 2202.08906, eq. 5). With product keys each half is balanced by itself.
     """
+    logits = torch.stack([x.flatten(0, -2) for x in router_logits])  # [L, n, C], all layers at once
+    routed = logits[..., :1].isfinite()
+    weight = routed.to(logits.dtype)
+    count = weight.sum(1).clamp_min(1)  # [L, 1]
+    logits = torch.where(routed, logits, 0.0)
+    chapters, _ = _best(logits.detach(), halves, top_k)
     losses = []
-    for logits in router_logits:
-        logits = logits.flatten(0, -2)
-        routed = logits[:, :1].isfinite()
-        weight = routed.to(logits.dtype)
-        count = weight.sum().clamp_min(1)
-        logits = torch.where(routed, logits, 0.0)
-        chapters, _ = choose(logits, halves, top_k)
-        parts = zip(logits.split(halves, -1), (chapters,) if len(halves) == 1 else _halves(chapters, halves))
-        for part, chosen in parts:
-            C = part.shape[-1]
-            p = (part.softmax(-1) * weight).sum(0) / count
-            f = _share(part.new_zeros(C).index_add(0, chosen.flatten(), weight.expand(-1, top_k).flatten()))
-            z = (part.logsumexp(-1).square() * weight[:, 0]).sum() / count
-            losses.append(torch.stack([C * (f * p).sum(), C * (p - 1 / C).square().sum() * routed.any(), z]))
-    balance, variance, z = torch.stack(losses).mean(0)
+    for part, chosen in zip(logits.split(halves, -1), (chapters,) if len(halves) == 1 else _halves(chapters, halves)):
+        C, log_total = part.shape[-1], part.logsumexp(-1, keepdim=True)
+        p = ((part - log_total).exp() * weight).sum(1) / count  # [L, C]
+        slots = part.new_zeros(len(part), C).scatter_add(1, chosen.flatten(1), weight.expand(-1, -1, top_k).flatten(1))
+        balance = C * (_share(slots) * p).sum(1)
+        variance = C * (p - 1 / C).square().sum(1) * routed.any(1)[:, 0]
+        z = (log_total.square() * weight).sum(1) / count
+        losses.append(torch.stack([balance, variance, z[:, 0]]))
+    balance, variance, z = torch.cat(losses, 1).mean(1)
     return balance, variance, z
 
 
@@ -193,8 +207,8 @@ def _halves(chapters: Tensor, halves: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 
 
 def _share(slots: Tensor) -> Tensor:
-    """Counts [C] as shares of their sum, over all processes while training."""
+    """Counts [L, C] as shares of their sum, over all processes while training."""
     if torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized():
         slots = slots.clone()
         torch.distributed.all_reduce(slots)
-    return slots / slots.sum().clamp_min(1)
+    return slots / slots.sum(1, keepdim=True).clamp_min(1)

@@ -9,8 +9,9 @@ W_k', M W_v' of the bank M; W_o = 0 at the start, so a model with a new memory c
 used by the `memory_bank_transformer` family and by the PEFT adapter.
 """
 
+import math
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,10 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from memzoo.kernels.bank_attention import bank_attention, bank_attention_loaded
-from memzoo.modeling.chapter_router import ChapterRouter, Routing
+from memzoo.kernels.bank_step import BankStep, BankWeights
+from memzoo.kernels.normed_linear import normed_linear
+from memzoo.kernels.rms_norm import rms_norm
+from memzoo.modeling.chapter_router import ChapterRouter, Choice, Routing
 from memzoo.modeling.quantized_bank import Format, check_format, code_columns, dequantize, fake_quantize, quantize
 
 BankType = Literal["standard", "factorized", "reduced"]
@@ -94,7 +98,10 @@ class MemoryBank(nn.Module):
         """Stored rows [n, stored width] of these memory tokens, in floating point."""
         if self.quantized:
             return dequantize(self.codes[at], self.scale[at], self.quantization, self.stored_width)
-        rows = self.weight[at] if at != slice(None) else self.weight
+        if isinstance(at, Tensor):
+            rows = self.weight.index_select(0, at)  # whose gradient, unlike an index's, is added by all threads
+        else:
+            rows = self.weight if at == slice(None) else self.weight[at]
         return rows if self.quantization is None else fake_quantize(rows, self.quantization)
 
     def fold(self, weight: Tensor) -> Tensor:
@@ -171,6 +178,22 @@ def _parts(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any, tuple[
             yield from ((found, name, x, _stamp(x)) for name, x in found.items() if x is not None)
 
 
+class _Kept(NamedTuple):
+    """Keys and values of a bank, and what was there when they were projected."""
+
+    bank: MemoryBank
+    parts: list[Any]  # of `_parts`
+    k: Tensor
+    v: Tensor
+    step: BankStep | None
+
+    def is_fresh(self) -> bool:
+        for of, name, x, stamp in self.parts:
+            if of.get(name) is not x or (stamp is not None and (x._version, x.data_ptr()) != stamp):
+                return False
+        return True
+
+
 class MemoryRead(nn.Module):
     """x [B, T, D] -> [B, T, D], what each token reads from a bank.
 
@@ -187,6 +210,7 @@ class MemoryRead(nn.Module):
         projection_rank: rank of the four projections, None for full.
         dropout: on what is read, while training.
         zero_init: W_o = 0 at the start.
+        norm_eps: of a norm without weights that the input goes through first; None for an input that has a norm.
 
     Raises:
         ValueError: heads that do not divide the width, or a choice of more chapters than there are.
@@ -210,6 +234,7 @@ class MemoryRead(nn.Module):
         projection_rank: int | None = None,
         dropout: float = 0.0,
         zero_init: bool = True,
+        norm_eps: float | None = None,
     ) -> None:
         super().__init__()
         kv_heads = num_kv_heads or num_heads
@@ -226,7 +251,7 @@ class MemoryRead(nn.Module):
             raise ValueError(f"routed_scaling_factor must be positive, not {routed_scaling_factor}")
         self.width, self.num_heads, self.kv_heads, self.head_dim = width, num_heads, kv_heads, width // num_heads
         self.num_chapters, self.num_shared, self.mixing = num_chapters, num_shared_chapters, mixing
-        self.routed_scaling_factor, self.zero_init = routed_scaling_factor, zero_init
+        self.routed_scaling_factor, self.zero_init, self.norm_eps = routed_scaling_factor, zero_init, norm_eps
 
         def linear(inputs: int, outputs: int) -> nn.Module:
             if projection_rank is None:
@@ -243,7 +268,7 @@ class MemoryRead(nn.Module):
             routed = num_chapters - num_shared_chapters
             options = (routing, block_size, normalize_weights, product_keys)
             self.router = ChapterRouter(hidden_size, routed, top_k_chapters, *options)
-        self._cached: tuple[MemoryBank, list[Any], Tensor, Tensor] | None = None
+        self._cached: _Kept | None = None
 
     @torch.no_grad()
     def init_weights(self, std: float) -> None:
@@ -267,14 +292,15 @@ class MemoryRead(nn.Module):
         Returns the output, the new state, and the router's logits [B, T, C] (-inf where not routed), None without one.
         """
         self._check(bank)
-        q = self.q_proj(hidden_states).unflatten(-1, (self.num_heads, self.head_dim))
-        chapters = log_weights = logits = None
-        new_state: dict[str, Tensor] = {}
-        if self.router is not None:
-            (chapters, log_weights, logits), new_state = self.router(hidden_states, state, mask, prompt_lengths)
+        if mask is None and (step := self.step(hidden_states, bank)) is not None:
+            return step[0], {}, step[1]
+        q, choice, new_state = self._queries(hidden_states, state, mask, prompt_lengths)
+        q = q.unflatten(-1, (self.num_heads, self.head_dim))
+        chapters, log_weights, logits = choice or (None, None, None)
+        if chapters is not None and self.num_shared:
             chapters = torch.where(chapters < 0, -1, chapters + self.num_shared)
-            if self.routed_scaling_factor != 1:
-                log_weights = log_weights + torch.tensor(self.routed_scaling_factor).log().item()
+        if log_weights is not None and self.routed_scaling_factor != 1:
+            log_weights = log_weights + math.log(self.routed_scaling_factor)
         if bank.quantized and not torch.is_grad_enabled():
             out = self._read_in_parts(q, bank, chapters, log_weights)
         else:
@@ -282,6 +308,34 @@ class MemoryRead(nn.Module):
             out = bank_attention(q, k, v, chapters, log_weights, count, self.num_shared, self.mixing)
         out = self.o_proj(out.flatten(-2))
         return self.dropout(out) if self.training else out, new_state, logits
+
+    def step(self, hidden_states: Tensor, bank: MemoryBank) -> tuple[Tensor, Tensor | None] | None:
+        """As `forward` of one token a sequence that is no pad, compiled: the output and the router's logits.
+
+        None where that does not fit: then `forward` has other ways.
+        """
+        if self.training or torch.compiler.is_compiling() or torch.is_grad_enabled() or hidden_states.shape[1] != 1:
+            return None
+        kept = self._kept(bank)
+        return None if kept is None or kept.step is None else kept.step(hidden_states)
+
+    def _queries(
+        self, x: Tensor, state: dict[str, Tensor], mask: Tensor | None, prompt_lengths: Tensor | None
+    ) -> tuple[Tensor, Choice | None, dict[str, Tensor]]:
+        """[B, T, width], the router's choice and its new state."""
+        router = self.router
+        if self.norm_eps is not None:
+            weight: Any = self.q_proj.weight
+            plain = type(self.q_proj) is nn.Linear and weight.dtype == x.dtype
+            if plain and router is None:
+                return normed_linear(x, [weight], self.norm_eps)[0], None, {}
+            if plain and router is not None and router.routing == "token" and router.gate.weight.dtype == x.dtype:
+                q, logits = normed_linear(x, [weight, router.gate.weight], self.norm_eps)
+                logits = (logits + router.gate.bias).to(torch.promote_types(x.dtype, torch.float32))
+                return q, router.decide(logits, None if mask is None else mask.bool()), {}
+            x = rms_norm(x, None, self.norm_eps)
+        choice, new_state = (None, {}) if router is None else router(x, state, mask, prompt_lengths)
+        return self.q_proj(x), choice, new_state
 
     def _check(self, bank: MemoryBank) -> None:
         if bank.width != self.width:
@@ -294,13 +348,14 @@ class MemoryRead(nn.Module):
         if torch.is_grad_enabled():
             self._cached = None  # a step of a fused optimizer may follow, which no weight's _version shows
         if not self.training and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return *self._cached_keys_values(bank), self.num_chapters, chapters
+            kept = self._kept(bank)
+            k, v = self._project(bank, bank.rows()) if kept is None else (kept.k, kept.v)
+            return k, v, self.num_chapters, chapters
         if chapters is None or torch.compiler.is_compiling():
             return *self._project(bank, bank.rows()), self.num_chapters, chapters
-        used = torch.zeros(self.num_chapters, dtype=torch.bool, device=chapters.device)
-        used[chapters[chapters >= 0]] = True
+        used = (chapters + 1).flatten().bincount(minlength=self.num_chapters + 1)[1:] > 0
         used[: max(self.num_shared, 1)] = True  # the first also when nothing is read: there must be a key
-        if used.all():
+        if 2 * int(used.sum()) > self.num_chapters:  # gathering rows costs more than projecting a few too many
             return *self._project(bank, bank.rows()), self.num_chapters, chapters
         at = used.repeat_interleave(bank.num_memory_tokens // self.num_chapters).nonzero()[:, 0]
         place = (used.cumsum(0) - 1)[chapters.clamp_min(0)]
@@ -314,23 +369,46 @@ class MemoryRead(nn.Module):
         k, v = both.to(rows.dtype).contiguous().unbind(0)
         return k, v
 
-    def _cached_keys_values(self, bank: MemoryBank) -> tuple[Tensor, Tensor]:
-        """Keys and values in evaluation, kept until a weight is replaced or changed in place.
+    def _kept(self, bank: MemoryBank) -> _Kept | None:
+        """What evaluation keeps until a weight is replaced or changed in place; None where it must not be kept.
 
         A change through `.data` is seen only after the next `train()` or `eval()`.
         """
-        if self._cached is not None:
-            known, parts, k, v = self._cached
-            same = (of.get(name) is x and (now is None or now == _stamp(x)) for of, name, x, now in parts)
-            if known is bank and not torch.is_autocast_enabled(k.device.type) and all(same):
-                return k, v
-        k, v = self._project(bank, bank.rows())
-        tensors = [*bank.parameters(), *bank.buffers(), *self.k_proj.parameters(), *self.v_proj.parameters()]
-        kept = not (torch.is_inference_mode_enabled() or any(x.is_inference() for x in tensors))
-        if kept and not torch.is_autocast_enabled(k.device.type):
-            heads = [(self._modules, name, self._modules[name], None) for name in ("k_proj", "v_proj")]
-            self._cached = bank, [*heads, *(x for m in (bank, self.k_proj, self.v_proj) for x in _parts(m))], k, v
-        return k, v
+        kept = self._cached
+        if kept is None or kept.bank is not bank or not kept.is_fresh():
+            kept = self._cached = self._keep(bank)
+        return None if kept is None or torch.is_autocast_enabled(kept.k.device.type) else kept
+
+    def _keep(self, bank: MemoryBank) -> _Kept | None:
+        modules = [bank, *(module for module in self.children() if module is not self.dropout)]
+        weights = [x for module in modules for x in module.parameters()]
+        if (
+            bank.quantized
+            or torch.is_autocast_enabled(weights[0].device.type)
+            or any(x.is_inference() for x in weights)
+        ):
+            return None
+        with torch.inference_mode(False), torch.no_grad():
+            k, v = self._project(bank, bank.rows())
+        places = [(self._modules, name, module, None) for name, module in self._modules.items()]
+        parts = [*places, *(part for module in modules for part in _parts(module))]
+        return _Kept(bank, parts, k, v, self._build_step(k, v))
+
+    def _build_step(self, k: Tensor, v: Tensor) -> BankStep | None:
+        router = self.router
+        if self.mixing != "joint" or not type(self.q_proj) is type(self.o_proj) is nn.Linear:
+            return None
+        gate: tuple[Tensor | None, Tensor | None] = (None, None)
+        options: dict[str, Any] = {}
+        if router is not None:
+            if router.routing != "token" or len(router.halves) > 1 or self.routed_scaling_factor != 1:
+                return None
+            gate = router.gate.weight, router.gate.bias
+            options = {"top_k": router.top_k, "normalize": router.normalize}
+        weights = BankWeights(self.q_proj.weight, *gate, k, v, self.o_proj.weight)
+        if not BankStep.fits(weights):
+            return None
+        return BankStep(weights, self.num_chapters, self.num_shared, eps=self.norm_eps, **options)
 
     def train(self, mode: bool = True) -> "MemoryRead":
         self._cached = None

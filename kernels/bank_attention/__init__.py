@@ -1,7 +1,8 @@
 """Cross-attention from tokens to a bank of learned memory tokens, whole or by chapters that a router chose per token.
 
 `reference.py` is the definition, a loop over tokens. `chunked.py` sorts tokens by chapter and computes with torch
-operators, `triton.py` does so on a GPU; both see the bank's keys and values once, never a copy per token or sample.
+operators, `fused.py` does so in compiled CPU loops and `triton.py` on a GPU; all see the bank's keys and values once,
+never a copy per token or sample.
 """
 
 from typing import Literal
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memzoo.kernels.bank_attention import chunked
+from memzoo.kernels.bank_attention import chunked, fused
 from memzoo.kernels.bank_attention.chunked import Load
 from memzoo.kernels.bank_attention.gathered import FEW, bank_attention_gathered, bank_attention_masked
 from memzoo.kernels.bank_attention.operators import choose, routed
@@ -20,7 +21,8 @@ __all__ = ["Load", "bank_attention", "bank_attention_loaded", "reference"]
 
 Mixing = Literal["joint", "separate"]
 DENSE = 8  # a few tokens read the whole bank, masked, if it is at most so many times what each of them chose
-Implementation = Literal["auto", "reference", "chunked", "triton"]
+MANY = 1 << 20  # logits of a whole read for which compiled loops are worth their call
+Implementation = Literal["auto", "reference", "chunked", "fused", "triton"]
 
 
 def bank_attention(
@@ -64,8 +66,12 @@ def bank_attention(
     scale = dh**-0.5 if scale is None else scale
     if implementation == "reference":
         return reference(q, k, v, chapters, log_weights, num_chapters, num_shared, mixing, scale, groups)
+    name = choose(implementation, q.device.type)
     if chapters is None:
-        return _whole(q, k, v, scale)
+        if name != "fused" or (implementation == "auto" and not _compiled_is_faster(q, k, v)):
+            return _whole(q, k, v, scale)
+        chapters = torch.empty(B, T, 0, dtype=torch.int64)  # all of it is shared
+        log_weights, num_chapters, num_shared, mixing = q.new_empty(B, T, 0), 1, 1, "joint"
     dtype = torch.promote_types(q.dtype, torch.float32)
     chapters, log_weights = per_token(chapters, log_weights.to(dtype), T, groups)
     size, dv = k.shape[1] // num_chapters, v.shape[-1]
@@ -75,14 +81,16 @@ def bank_attention(
         out = bank_attention_masked(q.flatten(0, 1), *bank, chapters, log_weights, size, num_shared * size, scale)
         return out.unflatten(0, (B, T))
     rows, k, v = q.flatten(0, 1), k.to(q.dtype), v.to(q.dtype)
-    if dv != dh:  # the kernels have one width of head
-        rows, k, v = (F.pad(x, (0, max(dh, dv) - x.shape[-1])) for x in (rows, k, v))
+    step = fused.PAD if name == "fused" else 1
+    width = -(-max(dh, dv) // step) * step  # the kernels have one width of head
+    if dv != width or dh != width:
+        rows, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (rows, k, v))
     arguments = (rows.contiguous(), k.contiguous(), v.contiguous(), chapters, log_weights)
     options = (size, num_shared * size, mixing == "joint", scale)
     if few and not torch.compiler.is_compiling():
         out = bank_attention_gathered(*arguments, *options)
     else:
-        out, _ = routed(*arguments, *options, choose(implementation, q.device.type))
+        out, _ = routed(*arguments, *options, name)
     return out[..., :dv].unflatten(0, (B, T))
 
 
@@ -128,6 +136,13 @@ def per_token(chapters: Tensor, log_weights: Tensor, T: int, groups: Tensor | No
     elif chapters.shape[1] != T:
         chapters, log_weights = (x.expand(-1, T, -1) for x in (chapters, log_weights))
     return chapters.flatten(0, 1), log_weights.flatten(0, 1)
+
+
+def _compiled_is_faster(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the compiled loops read a whole bank faster than torch, whose forward alone is as good."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or q.dtype not in (torch.float32, torch.float64):
+        return False
+    return any(x.requires_grad for x in (q, k, v)) and q[..., 0].numel() * k.shape[1] >= MANY
 
 
 def _whole(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -6,24 +6,30 @@ import torch
 from torch import Tensor
 
 from memzoo.kernels.available import has_triton
-from memzoo.kernels.bank_attention import chunked
+from memzoo.kernels.bank_attention import chunked, fused
 
 
 def choose(implementation: str, device: str) -> str:
     """The name of the module that computes, from the caller's wish and the device."""
     if implementation == "auto":
-        return "triton" if device == "cuda" and has_triton("bank_attention") else "chunked"
-    if implementation not in ("chunked", "triton"):
-        raise ValueError(f"implementation must be auto, reference, chunked or triton, not {implementation!r}")
+        if device == "cuda":
+            return "triton" if has_triton("bank_attention") else "chunked"
+        return "fused" if device == "cpu" and fused.is_available() else "chunked"
+    if implementation not in ("chunked", "fused", "triton"):
+        raise ValueError(f"implementation must be auto, reference, chunked, fused or triton, not {implementation!r}")
+    if implementation == "fused" and (device != "cpu" or not fused.is_available()):
+        raise ValueError("implementation='fused' needs CPU tensors and Numba (pip install numba)")
     if implementation == "triton" and device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("implementation='triton' needs CUDA tensors (or TRITON_INTERPRET=1)")
     return implementation
 
 
-def _triton():
-    from memzoo.kernels.bank_attention import triton
+def _module(implementation: str):
+    if implementation == "triton":
+        from memzoo.kernels.bank_attention import triton
 
-    return triton
+        return triton
+    return {"chunked": chunked, "fused": fused}[implementation]
 
 
 @torch.library.custom_op("memzoo::bank_attention", mutates_args=())
@@ -42,8 +48,8 @@ def routed(
     """q [n, H, d], k, v [Hk, N, d], chapters, log_weights [n, S]. Returns out [n, H, d], L [n, H] (0 if separate)."""
     options = (chapters, log_weights, size, shared, joint, scale)
     with torch.autocast(q.device.type, enabled=False):
-        if implementation == "triton":
-            return _triton().forward(q, k, v, *options)
+        if implementation != "chunked":
+            return _module(implementation).forward(q, k, v, *options)
         bank = (k.shape[1], k.shape[0], chunked.slices(k, v))
         return chunked.forward(q, bank, *options)
 
@@ -51,7 +57,7 @@ def routed(
 @routed.register_fake
 def _(q, k, v, chapters, log_weights, size, shared, joint, scale, implementation):
     n, H, _ = q.shape
-    return q.new_empty(n, H, v.shape[2]), q.new_empty(n, H)
+    return q.new_empty(n, H, v.shape[2]), log_weights.new_empty(n, H)
 
 
 @torch.library.custom_op("memzoo::bank_attention_backward", mutates_args=())
@@ -72,9 +78,8 @@ def routed_backward(
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, log_weights."""
-    module = _triton() if implementation == "triton" else chunked
     with torch.autocast(q.device.type, enabled=False):
-        return module.backward(
+        return _module(implementation).backward(
             grad.contiguous(), q, k, v, chapters, log_weights, out, lse, size, shared, joint, scale, router
         )
 

@@ -1,10 +1,10 @@
-"""An adapted model generates as its full forward says, with every cache of the base, and leaves no trace in itself."""
+"""An adapted model generates as its full forward says and leaves no trace in itself. Other caches: test_caches.py."""
 
 import copy
 
 import pytest
 import torch
-from transformers import DynamicCache, QuantizedCache, StaticCache
+from transformers import DynamicCache, StaticCache
 
 CHAPTERS = {"num_chapters": 4, "top_k_chapters": 2}
 OPTIONS = [
@@ -72,13 +72,6 @@ def test_beams_and_returned_sequences(options, tokens, make_base, make_adapted):
             torch.manual_seed(0)
             results.append(model.generate(input_ids=tokens, use_cache=use_cache, **settings, **more))
         assert torch.equal(*results)
-
-
-def test_quantized_cache(tokens, make_adapted):
-    pytest.importorskip("optimum.quanto")
-    model = make_adapted(memory_type="neural")
-    out = model.generate(input_ids=tokens, cache_implementation="quantized", max_new_tokens=3)
-    assert out.shape[1] > tokens.shape[1] and QuantizedCache is not None
 
 
 def test_banks_that_keep_no_state_leave_the_cache_alone(tokens, make_adapted):

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from memzoo.kernels.bank_attention import bank_attention, bank_attention_loaded, plan, products, reference
+from memzoo.kernels import threads as pool
+from memzoo.kernels.bank_attention import bank_attention, bank_attention_loaded, fused, plan, products, reference
 
 BEYOND = 0.9  # with keys and queries of 30 in one column, exp of a logit overflows in float64
 
@@ -20,12 +21,20 @@ CASES = {
 }
 
 
-@pytest.fixture(params=[True, False], ids=["deterministic", "not"])
-def deterministic(request):
+@pytest.fixture(params=["fused", "torch", "torch, deterministic"])
+def form(request, monkeypatch):
+    """The compiled loops, and what does without Numba. In the loops nothing depends on deterministic mode."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(request.param, warn_only=True)
+    torch.use_deterministic_algorithms("deterministic" in request.param, warn_only=True)
+    if request.param != "fused":
+        monkeypatch.setattr(fused, "is_available", lambda: False)
+    elif not fused.is_available():
+        pytest.skip("numba is not installed")
     yield request.param
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+needs_numba = pytest.mark.skipif(not fused.is_available(), reason="numba is not installed")
 
 
 def make(case, B=2, T=13, dh=6, dv=5, chapters=7, size=5, slots=3, dtype=torch.float64):
@@ -50,30 +59,75 @@ def read(tensors, options, op=bank_attention, **more):
     return op(q, k, v, chosen, log_weights, *rest, **more)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_agrees_with_the_reference(case, deterministic):
-    tensors, options = make(case)
+def assert_agrees(tensors, options, tolerance):
     results = []
     for op in (bank_attention, reference):
         out = read(tensors, options, op)
         weight = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(1))
         results.append([out, *torch.autograd.grad((out * weight).sum(), tensors)])
     for name, got, expected in zip(("out", "q", "k", "v", "log_weights"), *results):
-        scale = expected.abs().max()
-        tolerance = 1e-11 if "beyond" in case else 1e-12
-        assert (got - expected).abs().max() <= tolerance * scale, name
+        assert (got - expected).abs().max() <= tolerance * expected.abs().max(), name
+
+
+def tolerance(case: str) -> float:
+    return 1e-11 if "beyond" in case else 1e-12
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_in_many_small_tiles(case, deterministic, monkeypatch):
+def test_agrees_with_the_reference(case, form):
+    assert_agrees(*make(case), tolerance(case))
+
+
+@pytest.mark.parametrize("form", ["torch", "torch, deterministic"], indirect=True)
+@pytest.mark.parametrize("case", CASES)
+def test_in_many_small_tiles(case, form, monkeypatch):
     """Stages that cut chapters, parts of a chapter's pairs, parts of its keys."""
     monkeypatch.setattr(plan, "STAGE", 200)
     for name, size in (("LOGITS", 8), ("ROWS", 3), ("KEYS", 2)):
         monkeypatch.setattr(products, name, size)
-    test_agrees_with_the_reference(case, deterministic)
+    assert_agrees(*make(case), tolerance(case))
 
 
-def test_gradcheck():
+@needs_numba
+@pytest.mark.parametrize("case", CASES)
+def test_compiled_loops_over_several_tiles_and_blocks(case):
+    assert_agrees(*make(case, T=50, dh=20, dv=33, chapters=4, size=520, slots=2), tolerance(case))
+
+
+@needs_numba
+def test_compiled_loops_on_any_number_of_threads(monkeypatch):
+    monkeypatch.setattr(pool, "SERIAL_WORK", 0)
+    for case in ("token", "one key head, shared", "separate, shared"):
+        tensors, options = make(case, T=800, dh=16, dv=16, size=40, dtype=torch.float32)
+        results = []
+        for number in (1, 2, 3):
+            monkeypatch.setattr(torch, "get_num_threads", lambda number=number: number)
+            out = read(tensors, options)
+            results.append([out, *torch.autograd.grad(out.square().sum(), tensors)])
+        for one, two, three in zip(*results):
+            torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(three, one, rtol=1e-5, atol=1e-5)
+        assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][0], results[2][0])
+        for i in (2, 3):  # of k and v
+            assert torch.equal(results[0][i], results[1][i]) and torch.equal(results[0][i], results[2][i])
+
+
+def test_a_chapter_that_a_token_chose_twice(form):
+    for case in ("grouped heads", "separate"):
+        tensors, (chosen, *rest) = make(case)
+        chosen[:, ::2, 2] = chosen[:, ::2, 0]
+        assert_agrees(tensors, (chosen, *rest), 1e-12)
+
+
+@needs_numba
+def test_a_chapter_that_does_not_exist():
+    tensors, (chosen, *rest) = make("token")
+    chosen[1, 2, 0] = 7
+    with pytest.raises(ValueError, match="not below the number of chapters"):
+        read(tensors, (chosen, *rest))
+
+
+def test_gradcheck(form):
     tensors, options = make("separate, shared", B=2, T=3, dh=2, dv=2, chapters=4, size=2, slots=2)
     assert gradcheck(lambda *x: read(x, options), tensors)
     tensors, options = make("one key head, shared", B=2, T=3, dh=2, dv=2, chapters=5, size=2, slots=2)
@@ -89,7 +143,7 @@ def test_a_few_tokens_without_a_gradient(case):
     torch.testing.assert_close(out, read(tensors, options, reference), rtol=1e-12, atol=1e-11)
 
 
-def test_gradients_without_a_router():
+def test_gradients_without_a_router(form):
     tensors, options = make("grouped heads")
     fixed = [*tensors[:3], tensors[3].detach()]
     loss, expected = read(fixed, options).square().sum(), read(tensors, options).square().sum()
@@ -97,17 +151,28 @@ def test_gradients_without_a_router():
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
-def test_the_whole_bank():
+def test_the_whole_bank(form):
+    implementation = "fused" if form == "fused" else "auto"
     for H, kv_heads in ((4, 4), (4, 2)):
         q = torch.randn(3, 5, H, 8, dtype=torch.float64, requires_grad=True)
         k, v = (torch.randn(kv_heads, 11, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
-        out = bank_attention(q, k, v)
+        out = bank_attention(q, k, v, implementation=implementation)
         torch.testing.assert_close(out, reference(q, k, v), rtol=1e-12, atol=1e-12)
         every = torch.arange(11).expand(3, 1, -1)  # the same, as a choice of all one-token chapters
         chosen = bank_attention(q, k, v, every, torch.zeros(3, 1, 11, dtype=torch.float64), 11)
         torch.testing.assert_close(chosen, out, rtol=1e-12, atol=1e-12)
         for a, b in zip(*(torch.autograd.grad(x.square().sum(), (q, k, v)) for x in (out, chosen))):
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+@needs_numba
+def test_a_large_whole_bank_is_read_by_compiled_loops_if_it_has_a_gradient():
+    q, k, v = (torch.randn(shape, requires_grad=True) for shape in ((1, 300, 2, 16), (1, 2048, 16), (1, 2048, 16)))
+    compiled = bank_attention(q, k, v, implementation="fused")
+    with torch.no_grad():
+        assert not torch.equal(bank_attention(q, k, v), compiled)
+    assert torch.equal(bank_attention(q, k, v), compiled)
+    torch.testing.assert_close(bank_attention(q, k, v, implementation="chunked"), compiled)
 
 
 @pytest.mark.parametrize("kv_heads, parts", [(1, 4), (2, 2)])
@@ -125,15 +190,15 @@ def test_the_whole_bank_on_four_threads(kv_heads, parts, monkeypatch):
     results = []
     for threads in (1, 4):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        out = bank_attention(*inputs)
+        out = bank_attention(*inputs, implementation="chunked")
         results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
     assert seen == [1, parts]
     for one, four in zip(*results):
         torch.testing.assert_close(four, one, rtol=1e-12, atol=1e-12)
 
 
-def test_what_a_token_reads_does_not_depend_on_the_others_to_the_last_bit():
-    """Deterministic algorithms are on in the tests, see tests/conftest.py."""
+@pytest.mark.parametrize("form", ["fused", "torch, deterministic"], indirect=True)
+def test_what_a_token_reads_does_not_depend_on_the_others_to_the_last_bit(form):
     for dtype in (torch.float32, torch.float64):
         (q, k, v, w), (chosen, *rest) = make("token", B=1, T=200, dh=16, dv=16, size=32, dtype=dtype)
         out = bank_attention(q, k, v, chosen, w, *rest)
@@ -150,7 +215,7 @@ def test_what_a_token_reads_does_not_depend_on_the_others_to_the_last_bit():
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)]
 )
-def test_precision(case, dtype, tolerance):
+def test_precision(case, dtype, tolerance, form):
     results = []
     for kind in (torch.float64, dtype):
         torch.manual_seed(2)
@@ -184,13 +249,14 @@ def test_a_bank_that_is_loaded_in_parts(case):
     torch.testing.assert_close(whole, bank_attention(q, k, tensors[2], scale=None), rtol=1e-12, atol=1e-12)
 
 
-def test_compiles_as_one_node():
+def test_compiles_as_one_node(form):
     tensors, options = make("one key head, shared")
     compiled = torch.compile(lambda *x: read(x, options), backend="aot_eager", fullgraph=True)
     grads = [torch.autograd.grad(f(*tensors).square().sum(), tensors) for f in (compiled, lambda *x: read(x, options))]
     torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
-    (q, k, v, w), (chosen, *_) = make("grouped heads")
-    arguments = (q.flatten(0, 1), k, padded(v, q), chosen.flatten(0, 1), w.flatten(0, 1), 5, 5, True, 1.0, "chunked")
+    (q, k, v, w), (chosen, *_) = make("grouped heads", dh=16)
+    name = "fused" if form == "fused" else "chunked"
+    arguments = (q.flatten(0, 1), k, padded(v, q), chosen.flatten(0, 1), w.flatten(0, 1), 5, 5, True, 1.0, name)
     torch.library.opcheck(torch.ops.memzoo.bank_attention.default, arguments)
 
 
@@ -210,7 +276,7 @@ def padded(v, q):
         ({"log_weights": None}, "must both be"),
         ({"chapters": None}, "belong to chapters"),
         ({"groups": torch.zeros(2, 3, dtype=torch.long)}, r"groups is \[2, 3\], expected \[2, 13\]"),
-        ({"implementation": "cuda"}, "auto, reference, chunked or triton, not 'cuda'"),
+        ({"implementation": "cuda"}, "auto, reference, chunked, fused or triton, not 'cuda'"),
         ({"implementation": "triton"}, "needs CUDA tensors"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from memzoo import MaruTokenizer, MemoryBankTransformerConfig, MemoryBankTransformerForCausalLM, MemoryConfig
 from memzoo.cli import main
 from memzoo.modeling.memory_bank_files import load_bank
-from memzoo.training.distill.distill import distill, kl_divergence, mean_nats
+from memzoo.training.distill.distill import distill, kl_divergence, mean_nats, text_nats
 from memzoo.training.distill.settings import Settings
 from memzoo.training.distill.study import Writer, encode_document, split_windows
 
@@ -71,6 +72,10 @@ def test_a_bank_learns_a_document_and_nothing_else_changes():
     before = {name: x.clone() for name, x in model.state_dict().items()}
     report = distill(model, MaruTokenizer(), DOCUMENT, Settings(**SMALL))
     assert report.with_document < report.with_bank < report.without_memory
+    without = text_nats(bank_model(memory_num_tokens=32), report.held_out, 5)
+    gain = without - report.held_out.nats.double().mean(1)  # of the document in context, a text each
+    assert report.gap_error == pytest.approx((gain.var() / len(gain)).sqrt().item(), abs=1e-6)
+    assert report.kept is not None and replace(report, gap_error=0.6 * gain.mean().item()).kept is None
     assert report.kept > 0.25 and sum(report.losses[-5:]) < 0.6 * sum(report.losses[:5])
     changed = [name for name, x in model.state_dict().items() if not torch.equal(x, before[name])]
     assert changed == ["model.memory_banks.0.weight"]
@@ -136,6 +141,7 @@ def test_long_documents_are_read_in_windows():
         (lambda: bank_model(memory_placement="none"), {}, "has no memory bank"),
         (lambda: adapted(memory_type="neural"), {"train": "read"}, "has no memory bank"),
         (bank_model, {"steps": 0}, "steps must be at least 1, not 0"),
+        (bank_model, {"held_out": 1}, "held_out must be at least 2, not 1"),
         (bank_model, {"train": "all"}, "train must be 'bank' or 'read', not 'all'"),
     ],
 )
@@ -151,7 +157,7 @@ def test_the_command(tmp_path, capsys):
     (tmp_path / "document.txt").write_text(DOCUMENT)
     (tmp_path / "empty.txt").write_text(" \n")
     argv = ["distill", "--model", str(tmp_path / "model"), "--out", str(tmp_path / "out"), "--steps", "4"]
-    argv += ["--continuations", "8", "--held-out", "4", "--length", "6", "--document"]
+    argv += ["--continuations", "8", "--held-out", "32", "--length", "10", "--document"]
     assert main([*argv, str(tmp_path / "empty.txt")]) == 2
     assert "empty.txt is empty (2 bytes); there is nothing to distil" in capsys.readouterr().err
     (tmp_path / "latin.txt").write_bytes("Zwölf".encode("latin-1"))
@@ -162,6 +168,12 @@ def test_the_command(tmp_path, capsys):
     assert f"kept: {saved['kept']:.0%}" in said and saved["settings"]["steps"] == 4
     learned, bank = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), load_bank(tmp_path / "out" / "bank")
     assert re.search(r"bank: 576 bytes, 28.1% of float32; int8 is off by 0\.\d% of its norm", said)
+    assert saved["with_quantized_bank"] != saved["with_bank"]
+    learned.swap_memory_bank(bank)
+    writer = Writer(model, tokenizer, 1024, 8, 10, 64, seed=0)
+    held_out = writer.write(encode_document(DOCUMENT, tokenizer), 8, 32, lambda count: None)[1]
+    assert mean_nats(learned, held_out, 8) == pytest.approx(saved["with_quantized_bank"], abs=1e-6)
+    learned = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert bank.quantization == "int8" and not torch.equal(
         learned.model.memory_banks[0].tokens(), model.model.memory_banks[0].tokens()
     )
@@ -185,3 +197,4 @@ def test_the_command_gives_a_plain_model_an_adapter_and_goes_on_with_it(tmp_path
     second = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "second").state_dict()
     changed = {name for name, x in first.state_dict().items() if not torch.equal(x, second[name])}
     assert changed and all("memzoo_banks" in name for name in changed)  # with a read that works, the bank alone
+    assert main(["generate", str(tmp_path / "first"), "--prompt", "The", "--max-new-tokens", "2"]) == 0

@@ -4,11 +4,12 @@ import json
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from memzoo import MaruTokenizer, MemoryBankTransformerConfig, MemoryBankTransformerForCausalLM
+from memzoo import MaruTokenizer, MemoryBankTransformerConfig, MemoryBankTransformerForCausalLM, MemoryConfig
 from memzoo.cli import main
+from memzoo.modeling.memory_bank import MemoryRead
 from memzoo.modeling.statistics import record_calls
 from memzoo.training.distill.seeding import cut_for_chapters, seed_chapters
 
@@ -72,6 +73,26 @@ def test_chapters_hold_the_means_of_the_passages_hidden_states(passages):
     chapter = model.model.memory_banks[1].weight[16:20].detach()  # two shared chapters of four tokens come first
     pieces = torch.nn.functional.adaptive_avg_pool1d(hidden.mT, 4).mT.detach()
     torch.testing.assert_close(chapter / chapter.norm(), pieces / pieces.norm())
+
+
+def test_an_adapter_finds_passages_by_what_it_sees_after_its_norm(passages):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 264, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    base = LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=48, initializer_range=0.3))
+    chapters = {"num_memory_tokens": 16, "num_chapters": 4, "num_heads": 2, "sharing": "per_layer"}
+    model = get_peft_model(base, MemoryConfig(task_type="CAUSAL_LM", **chapters)).eval()
+    seed_chapters(model, passages)
+    reads = [module for module in model.modules() if isinstance(module, MemoryRead)]
+    for c, passage in enumerate(passages):
+        with record_calls(reads) as calls:
+            model(input_ids=passage[None], use_cache=False)
+        for read in reads:
+            ((x, bank, *_), (_, _, logits)) = calls[read][0]
+            assert (logits[0].argmax(-1) == c).float().mean() > 0.6
+            seen = torch.nn.functional.rms_norm(x[0], x.shape[-1:], eps=read.norm_eps)
+            pieces = torch.nn.functional.adaptive_avg_pool1d(seen.mT, 4).mT
+            chapter = bank.weight[4 * c : 4 * c + 4]
+            torch.testing.assert_close(chapter / chapter.norm(), pieces / pieces.norm())
 
 
 def test_what_cannot_be_seeded_is_refused(passages):

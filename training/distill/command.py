@@ -68,7 +68,7 @@ def add_commands(commands: Any) -> None:
 
 def run_distill(args: argparse.Namespace) -> None:
     from memzoo.cli import _quiet
-    from memzoo.training.distill.distill import distill
+    from memzoo.training.distill.distill import distill, quantized_nats
 
     out, document = Path(args.out), Path(args.document)
     if out.exists() and any(out.iterdir()):
@@ -96,6 +96,8 @@ def run_distill(args: argparse.Namespace) -> None:
         )
     settings = Settings(**given, train=args.train or ("read" if new else "bank"), seed_chapters=args.seed_chapters)
     report = distill(model, tokenizer, text, settings)
+    if args.quantize is not None:
+        report.with_quantized_bank = quantized_nats(model, report.held_out, settings.batch_size, args.quantize)
     saved = save(model, tokenizer, out, args.quantize)
     report.save(out / "distillation.json", settings)
     print(describe(report), *saved, sep="\n")
@@ -103,12 +105,17 @@ def run_distill(args: argparse.Namespace) -> None:
 
 
 def describe(report: "Report") -> str:
-    kept = "nothing to keep: the document in context does not help" if report.kept is None else f"{report.kept:.0%}"
+    if report.kept is None:
+        gap = f"{report.without_memory - report.with_document:.4f} nats, standard error {report.gap_error:.4f}"
+        kept = f"not measurable: the document in context brings {gap}"
+    else:
+        kept = f"{report.kept:.0%}"
     seeded = "" if report.when_seeded is None else f"{report.when_seeded:.3f} with its passages as chapters, "
+    small = "" if report.with_quantized_bank is None else f" ({report.with_quantized_bank:.3f} when quantized)"
     return (
         f"{report.document_tokens:,} tokens, read in {report.windows} window(s)\n"
         f"nats per held-out token: {report.without_memory:.3f} without the document, {seeded}{report.with_bank:.3f} "
-        f"with the bank, {report.with_document:.3f} with the document in context\n"
+        f"with the bank{small}, {report.with_document:.3f} with the document in context\n"
         f"kept: {kept}"
     )
 

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
 from memzoo.modeling.memory_bank import LowRankLinear, MemoryBank, MemoryRead
+from memzoo.modeling.quantized_bank import Format
 from memzoo.training.distill.seeding import cut_for_chapters, seed_chapters
 from memzoo.training.distill.settings import Settings
 from memzoo.training.distill.study import Study, Writer, encode_document
@@ -37,14 +38,16 @@ class Report:
     when_seeded: float | None  # with chapters of the document's passages, before training; None without seeding
     with_bank: float
     with_document: float
+    gap_error: float  # standard error of without_memory - with_document, over the texts
     seconds: float
     losses: list[float] = field(repr=False)
+    with_quantized_bank: float | None = None  # where one is asked for, see `quantized_nats`
 
     @property
     def kept(self) -> float | None:
-        """1: as if the document was in context; 0: as without memory. None where the document does not help."""
+        """1: as if the document was in context; 0: as without memory. None if it helps no more than chance."""
         gap = self.without_memory - self.with_document
-        return (self.without_memory - self.with_bank) / gap if gap > 0 else None
+        return (self.without_memory - self.with_bank) / gap if gap > 2 * self.gap_error else None
 
     def save(self, file: Path, settings: Settings) -> None:
         values = {x.name: getattr(self, x.name) for x in fields(self) if x.name != "held_out"}
@@ -80,7 +83,7 @@ def distill(model: Any, tokenizer: PreTrainedTokenizerBase, document: str, setti
     with tqdm(total=settings.continuations + settings.held_out, desc="teacher writes", unit="text") as bar:
         counts = settings.continuations, settings.held_out
         learn, measure = writer.write(ids, *counts, bar.update)
-    without = mean_nats(model, measure, settings.batch_size)
+    without = text_nats(model, measure, settings.batch_size)
     for chapters in passages.values():
         seed_chapters(model, chapters, writer.start, context=writer.context)
     seeded = mean_nats(model, measure, settings.batch_size) if passages else None
@@ -90,10 +93,11 @@ def distill(model: Any, tokenizer: PreTrainedTokenizerBase, document: str, setti
         document_tokens=len(ids),
         windows=-(-len(ids) // (writer.context - writer.reserved)),
         held_out=measure,
-        without_memory=without,
+        without_memory=without.mean().item(),
         when_seeded=seeded,
         with_bank=mean_nats(model, measure, settings.batch_size),
         with_document=measure.nats.double().mean().item(),
+        gap_error=(without - measure.nats.double().mean(1).cpu()).std().item() / len(measure) ** 0.5,
         seconds=time.perf_counter() - begin,
         losses=losses,
     )
@@ -124,16 +128,34 @@ def kl_divergence(log_p: Tensor, tokens: Tensor, logits: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(-1) + rest_p * (rest_p.log() - rest_q.log())
 
 
-@torch.no_grad()
 def mean_nats(model: Any, study: Study, batch_size: int) -> float:
     """-log p of the continuations' tokens without the document, mean."""
-    length, total = study.nats.shape[1], 0.0
+    return text_nats(model, study, batch_size).mean().item()
+
+
+@torch.no_grad()
+def text_nats(model: Any, study: Study, batch_size: int) -> Tensor:
+    """The same of each text [n], in float64 on the CPU."""
+    length, found = study.nats.shape[1], []
     for at in torch.arange(len(study)).split(batch_size):
         ids = study.ids[at]
         logits = model(input_ids=ids, use_cache=False).logits[:, -length - 1 : -1]
         log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-        total -= log_p.gather(-1, ids[:, -length:, None]).double().sum().item()
-    return total / study.nats.numel()
+        found.append(-log_p.gather(-1, ids[:, -length:, None])[..., 0].double().mean(1).cpu())
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def quantized_nats(model: Any, study: Study, batch_size: int, quantization: Format) -> float:
+    """`mean_nats` with the banks as they would be read in 8 or 4 bits; they stay as they are."""
+    banks = banks_of(model)
+    before: list[Tensor] = [bank.weight.clone() for bank in banks]
+    for bank in banks:
+        bank.weight.copy_(bank.quantize(quantization).rows())
+    found = mean_nats(model, study, batch_size)
+    for bank, rows in zip(banks, before):
+        bank.weight.copy_(rows)
+    return found
 
 
 def _train(model: Any, groups: list[dict[str, Any]], study: Study, settings: Settings) -> list[float]:

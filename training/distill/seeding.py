@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from memzoo.kernels.rms_norm import rms_norm
 from memzoo.modeling.memory_bank import MemoryBank, MemoryRead
 from memzoo.modeling.statistics import record_calls
 from memzoo.training.distill.study import split_windows
@@ -68,7 +69,7 @@ def seed_chapters(
             for part in parts:
                 model(input_ids=torch.cat([before, part])[None].to(device), use_cache=False)
         for read in reads:
-            hidden = [args[0][0, len(before) :] for args, _ in calls[read]]
+            hidden = [seen_by(read, args[0])[0, len(before) :] for args, _ in calls[read]]
             embedded[read].append(torch.cat(hidden).float())
             banks[read] = calls[read][0][0][1]
     model.train(mode)
@@ -78,6 +79,11 @@ def seed_chapters(
             written.add(banks[read])
             _write(banks[read], read.num_shared, embedded[read])
         _route(read, embedded[read], sharpness)
+
+
+def seen_by(read: MemoryRead, x: Tensor) -> Tensor:
+    """What the projections and the router of a read see of its input."""
+    return x if read.norm_eps is None else rms_norm(x, None, read.norm_eps)
 
 
 def _routed(model: Any) -> list[MemoryRead]:

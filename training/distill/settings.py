@@ -37,5 +37,7 @@ class Settings:
         for name in counts:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
+        if self.held_out == 1:
+            raise ValueError("held_out must be at least 2, not 1: how far texts differ says what is chance")
         if self.train not in ("bank", "read"):
             raise ValueError(f"train must be 'bank' or 'read', not {self.train!r}")
