@@ -1,11 +1,13 @@
 """NeuralMemory against titans-pytorch's NeuralMemory: forward + backward of the layer, interleaved; decode; memory.
 
 pip install titans-pytorch   # an optional peer; without it only memzoo is measured
-OMP_WAIT_POLICY=PASSIVE python benchmarks/neural_memory.py --threads 2
+python benchmarks/neural_memory.py --threads 2
 
-Both layers have the same width, heads, network and activation and no convolution. CPU milliseconds count all threads
-and hardly depend on other jobs; GFLOP/s are the op's products per CPU second; memory is the growth of the peak
-resident size over one step, each in a process of its own.
+Both layers have the same width, heads, network and activation and no convolution. "Op alone" is the memory without the
+projections of queries, keys, values, gate and output; the peer's keeps its three small ones for step, momentum and
+decay. Layers take turns of two steps, of which the second counts: the first finds memory and caches as another layer
+left them. CPU milliseconds count all threads, also while they wait for work; GFLOP/s are the op's products per CPU
+second; memory is the growth of the peak resident size over one step, each in a process of its own.
 """
 
 import argparse
@@ -33,13 +35,25 @@ def memzoo_layer(args, depth, chunk):
     return lambda x, state: layer(x, state or {})
 
 
-def titans_layer(args, depth, chunk):
+def titans_memory(args, depth, chunk):
     from titans_pytorch import MemoryMLP
     from titans_pytorch import NeuralMemory as TitansMemory
 
     head = args.dim // args.heads
     network = MemoryMLP(head, depth=depth, expansion_factor=2.0)
-    layer = TitansMemory(args.dim, chunk_size=chunk, dim_head=head, heads=args.heads, model=network)
+    return TitansMemory(args.dim, chunk_size=chunk, dim_head=head, heads=args.heads, model=network)
+
+
+def titans_layer(args, depth, chunk):
+    layer = titans_memory(args, depth, chunk)
+    return lambda x, state: layer(x, state=state)
+
+
+def titans_op(args, depth, chunk):
+    layer = titans_memory(args, depth, chunk)
+    for name in ("to_queries", "to_keys", "to_values", "combine_heads", "retrieve_norm", "store_norm"):
+        setattr(layer, name, torch.nn.Identity())
+    layer.retrieve_gate = None
     return lambda x, state: layer(x, state=state)
 
 
@@ -56,7 +70,12 @@ def op(args, depth, chunk):
     )
 
 
-LAYERS = {"memzoo": memzoo_layer, "titans-pytorch": titans_layer, "memzoo, op alone": op}
+LAYERS = {
+    "memzoo": memzoo_layer,
+    "memzoo, op alone": op,
+    "titans-pytorch": titans_layer,
+    "titans-pytorch, op alone": titans_op,
+}
 
 
 def train(layer, x):
@@ -117,7 +136,7 @@ def main():
     if args.memory_of:
         print(peak_growth(args, args.memory_of))
         return
-    names = [name for name in LAYERS if name != "titans-pytorch" or importlib.util.find_spec("titans_pytorch")]
+    names = [name for name in LAYERS if "memzoo" in name or importlib.util.find_spec("titans_pytorch")]
     x = torch.randn(args.batch, args.time, args.dim, requires_grad=True)
     print(f"torch {torch.__version__}, {args.threads} threads, float32, [{args.batch}, {args.time}, {args.dim}], "
           f"{args.heads} heads; medians of {args.rounds} interleaved rounds")  # fmt: skip
@@ -129,6 +148,7 @@ def main():
             times = {name: [] for name in names}
             for round in range(args.rounds + 1):
                 for name in names:
+                    train(layers[name], x)
                     seconds = train(layers[name], x)
                     if round:  # the first warms up
                         times[name].append(seconds)
@@ -140,11 +160,12 @@ def main():
                 rate = f"{1e3 * flops(args, depth, chunk) / cpu:.0f}" if LAYERS[name] is op else ""
                 print(f"| {depth} | {chunk} | {name} | {wall:.0f} | {best:.0f} | {cpu:.0f} | {rate} | "
                       f"{float(memory.stdout):.0f} |", flush=True)  # fmt: skip
-            for name in [n for n in names if "memzoo" in n and "titans-pytorch" in names]:
-                pairs = list(zip(times["titans-pytorch"], times[name]))
+            for peer in [name for name in names if "titans" in name]:
+                name = peer.replace("titans-pytorch", "memzoo")
+                pairs = list(zip(times[peer], times[name]))
                 wall, cpu = (statistics.median(theirs[i] / ours[i] for theirs, ours in pairs) for i in (0, 1))
-                print(f"| {depth} | {chunk} | titans-pytorch / {name} | {wall:.1f} | | {cpu:.1f} | | |", flush=True)
-    names = [name for name in names if LAYERS[name] is not op]
+                print(f"| {depth} | {chunk} | {peer} / {name} | {wall:.1f} | | {cpu:.1f} | | |", flush=True)
+    names = [name for name in names if "op alone" not in name]
     for depth in args.depths:
         for steps in zip(*(decode(LAYERS[name](args, depth, 16), args) for name in names)):  # noqa: B007, interleaved
             pass

@@ -1,6 +1,6 @@
 """TitanMAC: training speed of the arrangements beside the same model without its memory, and how cost grows with T.
 
-    OMP_WAIT_POLICY=PASSIVE python benchmarks/titan_mac.py --threads 2          tokens per second in training
+    python benchmarks/titan_mac.py --threads 2                                  tokens per second in training
     OMP_WAIT_POLICY=PASSIVE python benchmarks/titan_mac.py --growth             forward + backward at T = 8192 and 2048
 
 The models take turns, and each one's best round counts. CPU seconds count all threads and depend less on other jobs

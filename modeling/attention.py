@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from memzoo.kernels.window_attention import window_attention
+
 
 class CausalSelfAttention(nn.Module):
     """x [B, T, D] -> [B, T, D]: token i attends to j iff 0 <= i - j < window, and to every persistent token.
@@ -73,19 +75,39 @@ class CausalSelfAttention(nn.Module):
         """`state` may be empty; `mask` [B, T]: each row's real tokens first. Returns the output and the new state."""
         B, T, _ = hidden_states.shape
         q, k, v = (
-            proj(hidden_states).view(B, T, -1, self.head_dim).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            proj(hidden_states).view(B, T, -1, self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         tokens = state["tokens"] if state else torch.zeros(B, dtype=torch.int64, device=q.device)
-        q, k = apply_rotary_pos_emb(q, k, *self._rotary(tokens, T, q.dtype))
+        q, k = apply_rotary_pos_emb(q, k, *self._rotary(tokens, T, q.dtype), unsqueeze_dim=2)
+        k, v = k.transpose(1, 2), v.transpose(1, 2)  # [B, Hkv, T, d], as in the state
         if state:
             k, v = torch.cat([state["keys"].to(k.dtype), k], 2), torch.cat([state["values"].to(v.dtype), v], 2)
-        past = k.shape[2] - T
-        first = (past - tokens).clamp_min(0)  # [B] index of each row's first key
-        y = self._attend(q, k, v, first, past)
+        first = (k.shape[2] - T - tokens).clamp_min(0) if state else None  # [B] index of each row's first key
+        y = self.attend(q, k.transpose(1, 2), v.transpose(1, 2), first)
         new_tokens = T if mask is None else mask.sum(1)
         new_state = self._remember(k, v, tokens + new_tokens, None if mask is None else T - new_tokens)
-        return self.o_proj(y.transpose(1, 2).flatten(2)), new_state
+        return self.o_proj(y.flatten(2)), new_state
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        first: Tensor | None,
+        per: int = 1,
+        context: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """q [B, T, H, d] over k, v [B, (past + T) per, Hkv, d], `per` keys a token, those before `first` [B] do not
+        exist, and over all of `context`, keys and values [B, M, Hkv, d]."""
+        if first is not None and first.device.type == "cpu" and not torch.compiler.is_compiling() and not first.any():
+            first = None
+        if self.persistent is not None:
+            keys, values = self.persistent.transpose(1, 2)[:, None].expand(-1, len(k), -1, -1, -1)  # [B, P, Hkv, d]
+            if context is not None:
+                keys, values = _join(keys, context[0]), _join(values, context[1])
+            context = (keys, values)
+        dropout = self.dropout if self.training else 0.0
+        return window_attention(q, k, v, self.window, context, first, per, dropout)
 
     def _rotary(self, tokens: Tensor, T: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin [B, T, d]; angles in float64, as positions may be large."""
@@ -112,55 +134,6 @@ class CausalSelfAttention(nn.Module):
             k, v = k * real[:, None, :, None], v * real[:, None, :, None]
         return {"keys": k, "values": v, "tokens": tokens}
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, first: Tensor, past: int) -> Tensor:
-        """q [B, H, T, d] over k, v [B, Hkv, past + T, d], of which those before `first` [B] do not exist."""
-        T, w = q.shape[2], self.window
-        ragged = torch.compiler.is_compiling() or first.device.type != "cpu" or bool(first.any())
-        if w is not None and max(w, 16) < T:
-            return self._attend_in_blocks(q, k, v, first, past, w)
-        causal = w is None or w >= past + T
-        if self.persistent is None and not ragged and causal and (past == 0 or T == 1):
-            return self._sdpa(q, k, v, None, is_causal=T > 1)
-        i = torch.arange(past, past + T, device=q.device)[:, None]
-        j = torch.arange(past + T, device=q.device)
-        seen = j <= i
-        if w is not None:
-            seen = seen & (i - j < w)
-        seen = seen[None, None]
-        if ragged:
-            seen = seen & (j >= first[:, None])[:, None, None]
-        return self._sdpa(q, k, v, seen)
 
-    def _attend_in_blocks(self, q: Tensor, k: Tensor, v: Tensor, first: Tensor, past: int, w: int) -> Tensor:
-        """Blocks of C queries, each over its own and the m blocks of keys before it, as a larger batch."""
-        B, _, T, _ = q.shape
-        C = max(16, min(w, 128))
-        n, m = -(-T // C), -(-(w - 1) // C)  # blocks of queries, and of keys before each
-        left, right = m * C - past, n * C - T
-        q = F.pad(q, (0, 0, 0, right)).unflatten(2, (n, C)).transpose(1, 2).flatten(0, 1)  # [B n, H, C, d]
-        k, v = (F.pad(x, (0, 0, left, right)).unflatten(2, (m + n, C)) for x in (k, v))
-        k, v = (
-            torch.cat([x[:, :, i : i + n] for i in range(m + 1)], 3).transpose(1, 2).flatten(0, 1) for x in (k, v)
-        )  # [B n, Hkv, (m + 1) C, d]
-        i = torch.arange(m * C, (m + 1) * C, device=q.device)[:, None]
-        j = torch.arange((m + 1) * C, device=q.device)
-        band = (j <= i) & (i < j + w)  # [C, (m + 1) C]
-        place = torch.arange(n, device=q.device)[:, None] * C + j  # [n, (m + 1) C] index of each key
-        exists = place >= (first + left)[:, None, None]  # [B, n, (m + 1) C]
-        seen = (band & exists[:, :, None]).flatten(0, 1)[:, None]  # [B n, 1, C, (m + 1) C]
-        y = self._sdpa(q, k, v, seen)
-        return y.unflatten(0, (B, n)).transpose(1, 2).flatten(2, 3)[:, :, :T]
-
-    def _sdpa(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, is_causal: bool = False) -> Tensor:
-        if self.persistent is not None:
-            persistent = self.persistent[:, None].expand(-1, k.shape[0], -1, -1, -1)  # [2, B, Hkv, P, d]
-            k, v = torch.cat([persistent[0], k], 2), torch.cat([persistent[1], v], 2)
-            seen = F.pad(seen, (self.persistent.shape[2], 0), value=True)
-        if self.groups > 1:
-            k, v = k.repeat_interleave(self.groups, 1), v.repeat_interleave(self.groups, 1)
-        dropout = self.dropout if self.training else 0.0
-        if seen is not None and q.shape[2] > 1 and q.device.type == "cpu" and q.dtype == torch.bfloat16:
-            # with a mask torch's own takes twice the time of these products
-            scores = torch.where(seen, (self.head_dim**-0.5 * q) @ k.mT, -torch.inf)
-            return F.dropout(scores.softmax(-1), dropout) @ v
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout, is_causal=is_causal)
+def _join(first: Tensor, then: Tensor) -> Tensor:
+    return torch.cat([first.to(then.dtype), then], 1)

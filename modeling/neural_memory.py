@@ -11,6 +11,7 @@ from transformers import initialization as init
 
 from memzoo.kernels.neural_memory import MemoryState, neural_memory, neural_memory_read
 from memzoo.kernels.neural_memory.gated_norm import gated_norm
+from memzoo.kernels.rms_norm import rms_norm
 from memzoo.kernels.selective_scan import causal_conv1d
 from memzoo.modeling.neural_memory_config import NeuralMemoryConfig
 
@@ -147,6 +148,13 @@ class NeuralMemory(nn.Module):
         self, hidden_states: Tensor, state: dict[str, Tensor], mask: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """`state` may be empty; `mask` [B, T]: each row's real tokens first. Returns the output and the new state."""
+        found, new_state = self.learn(hidden_states, state, mask)
+        return self.output(found, hidden_states), new_state
+
+    def learn(
+        self, hidden_states: Tensor, state: dict[str, Tensor], mask: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the memory reads for each token while it is written, [B, T, H, d], and the new state."""
         q, k, v, conv = self._project(hidden_states, state, mask)
         new_state = {**state, **conv}
         memory = self.memory(state, q)
@@ -171,15 +179,23 @@ class NeuralMemory(nn.Module):
             new_state["position"] = memory.position
         else:
             y = neural_memory_read(F.normalize(q, dim=-1), memory.weights, **self.network).to(v.dtype)
+        return y.transpose(1, 2), new_state
+
+    def output(self, found: Tensor, hidden_states: Tensor) -> Tensor:
+        """The layer's output from what `learn` found for its input: it depends on no other token."""
         gate = self.z_proj(hidden_states)
-        return self.o_proj(gated_norm(y.transpose(1, 2), self.norm.weight, gate, self.norm.eps)), new_state
+        return self.o_proj(gated_norm(found, self.norm.weight, gate, self.norm.eps))
+
+    def unit(self, queries: Tensor) -> Tensor:
+        """Projected queries [B, T, M] as `read` takes them: [B, T, H, d], of unit length, at least float32."""
+        q = queries.unflatten(-1, (self.num_heads, -1))
+        return F.normalize(q.to(torch.promote_types(q.dtype, torch.float32)), dim=-1)
 
     def read(self, queries: Tensor, weights: list[Tensor]) -> Tensor:
-        """What a memory with these weights holds for queries [B, T, M], projected already: [B, T, M]. No write."""
-        q = queries.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        q = F.normalize(q.to(torch.promote_types(q.dtype, torch.float32)), dim=-1)
-        y = neural_memory_read(q, weights, **self.network)
-        return self.norm(y.transpose(1, 2)).flatten(2).to(queries.dtype)
+        """What a memory with these weights holds for unit queries [B, T, H, d]: [B, T, M]. No write."""
+        with torch.autocast(queries.device.type, enabled=False):
+            y = neural_memory_read(queries.transpose(1, 2), weights, **self.network).transpose(1, 2)
+            return rms_norm(y, self.norm.weight.to(y.dtype), self.norm.eps).flatten(2)
 
     @property
     def updates(self) -> bool:
@@ -196,13 +212,14 @@ class NeuralMemory(nn.Module):
     def _project(self, hidden_states, state, mask):
         """As project, but of any length."""
         qkv, conv = self.qkv_proj(hidden_states), {}
+        dtype = qkv.dtype
+        qkv = qkv.to(torch.promote_types(dtype, torch.float32))  # once, not for every step that computes in it
         if self.conv1d is not None:
             kernel = self.conv1d.weight.squeeze(1)
-            qkv, conv["conv"] = causal_conv1d(qkv.mT, kernel, None, state.get("conv"), mask, activation="silu")
-            qkv = qkv.mT
+            qkv, tail = causal_conv1d(qkv.mT, kernel, None, state.get("conv"), mask, activation="silu")
+            qkv, conv["conv"] = qkv.mT, tail.to(dtype)
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in qkv.chunk(3, dim=-1))
-        wide = torch.promote_types(q.dtype, torch.float32)
-        return q.to(wide), k.to(wide), v, conv
+        return q, k, v, conv
 
     def gates(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """alpha, eta, theta [B, H, T]."""

@@ -22,6 +22,7 @@ class Segments:
         completes: a piece, False when it can complete no row's segment.
         place: [B] int64, the tokens in the unfinished segment after the last token.
         past: the tokens of the longest unfinished segment before the input.
+        missing: [B] int64, how many fewer a row's has; None where all are as long.
     """
 
     def __init__(self, place: Tensor, T: int, mask: Tensor | None, size: int) -> None:
@@ -34,6 +35,7 @@ class Segments:
         # an exported program may not depend on a tensor's numbers: it takes the widest bounds
         low, high = (0, size - 1) if torch.compiler.is_exporting() else (int(x) for x in place.aminmax())
         self.past, pieces = high, -(-(high + T) // size)
+        self.missing = None if low == high else high - place
         if low == high or pieces == 1:  # the pieces are slices
             self.lengths = [min((i + 1) * size - high, T) - max(i * size - high, 0) for i in range(pieces)]
             self.index, split = None, None if mask is None else mask.split(self.lengths, 1)
@@ -65,6 +67,13 @@ class Segments:
         """`new` [B, ...] for the rows whose segment ends with piece i, `old` for the others."""
         full = self.full[i]
         return new if full is None else torch.where(full.view(-1, *(1,) * (new.ndim - 1)), new, old)
+
+    def earlier(self, x: Tensor) -> Tensor:
+        """What `unfinished` returned before this input -> [B, past, ...], aligned to the right."""
+        if self.missing is None:
+            return x[:, : self.past]
+        index = torch.arange(self.past, device=x.device) - self.missing[:, None]
+        return _gather(x, index.clamp_min(0))
 
     def unfinished(self, old: Tensor | None, new: Tensor) -> Tensor:
         """What belongs to the unfinished segment: [B, size - 1, ...] by place, zero beyond.

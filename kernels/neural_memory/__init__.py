@@ -93,7 +93,7 @@ def neural_memory(
     options = (clip, threshold, activation, residual, read_own_write)
     with torch.autocast(q.device.type, enabled=False):
         tokens = [x.to(dtype) for x in (q, k, v)]
-        gates = [1 - alpha.to(dtype), eta.to(dtype), theta.to(dtype)]  # keep, momentum, step
+        gates = [x.to(dtype) for x in (alpha, eta, theta)]
         at = torch.zeros(B, dtype=torch.int64, device=q.device) if position is None else position
         after = at + (T if mask is None else mask.sum(1))
         on_cpu = q.device.type == "cpu" and fused.is_available()
@@ -108,6 +108,7 @@ def neural_memory(
         else:
             if normalize:
                 tokens[:2] = (F.normalize(x, dim=-1) for x in tokens[:2])
+            gates[0] = 1 - gates[0]  # what is kept
             W, S, first = ([x.flatten(0, 1) for x in xs] for xs in (W, S, first))
             if T == 1:
                 y, W, S = _step(tokens, gates, mask, W, S, first, options)

@@ -13,6 +13,8 @@ from numba.extending import overload
 from memzoo.kernels.selective_scan.elementwise import exp32, sigmoid
 from memzoo.kernels.selective_scan.fused_kernels import FAST, OPTIONS
 
+# for functions that allocate nothing: numba then does not count references to every view that they make of an array
+UNCOUNTED = {**OPTIONS, "_nrt": False}
 KINDS = {"silu": 0, "gelu": 1}
 NORMAL = 1 / math.sqrt(2 * math.pi)
 # erf to 1.5e-7: Abramowitz and Stegun 7.1.26
@@ -46,7 +48,7 @@ def _below(z):
     return (lambda z: below32(z)) if z is types.float32 else (lambda z: below64(z))
 
 
-@njit(fastmath=FAST, **OPTIONS)
+@njit(fastmath=FAST, **UNCOUNTED)
 def activate(kind, z, h):
     """h = act(z)."""
     for f in range(z.shape[0]):
@@ -59,7 +61,7 @@ def activate(kind, z, h):
                 h[f, t] = z[f, t] * part
 
 
-@njit(fastmath=FAST, **OPTIONS)
+@njit(fastmath=FAST, **UNCOUNTED)
 def activate_with_slope(kind, z, h, slope):
     """h = act(z) and act's derivative there."""
     one = z.dtype.type(1)
@@ -75,7 +77,7 @@ def activate_with_slope(kind, z, h, slope):
                 h[f, t], slope[f, t] = z[f, t] * part, part + z[f, t] * density
 
 
-@njit(fastmath=FAST, **OPTIONS)
+@njit(fastmath=FAST, **UNCOUNTED)
 def differentiate(kind, z, h, slope, bend):
     """h = act(z) and act's first and second derivative there."""
     one, two = z.dtype.type(1), z.dtype.type(2)
@@ -94,7 +96,7 @@ def differentiate(kind, z, h, slope, bend):
                 bend[f, t] = (two - z[f, t] * z[f, t]) * density
 
 
-@njit(fastmath=FAST, **OPTIONS)
+@njit(fastmath=FAST, **UNCOUNTED)
 def square_norms(x, out):
     """The squared length of every column."""
     out[:] = 0
@@ -103,15 +105,23 @@ def square_norms(x, out):
             out[t] += x[f, t] * x[f, t]
 
 
-@njit(fastmath=FAST, **OPTIONS)
+@njit(fastmath=FAST, **UNCOUNTED)
 def scale_columns(x, factors, out):
     for f in range(x.shape[0]):
         for t in range(x.shape[1]):
             out[f, t] = factors[t] * x[f, t]
 
 
-@njit(fastmath=FAST, **OPTIONS)
+@njit(fastmath=FAST, **UNCOUNTED)
 def multiply(x, y, out):
     for f in range(x.shape[0]):
         for t in range(x.shape[1]):
             out[f, t] = x[f, t] * y[f, t]
+
+
+@njit(fastmath=FAST, **UNCOUNTED)
+def copy(x, out):
+    """Assigning an array to an array would allocate."""
+    for f in range(x.shape[0]):
+        for t in range(x.shape[1]):
+            out[f, t] = x[f, t]

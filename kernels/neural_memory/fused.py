@@ -1,10 +1,13 @@
 """The neural memory on the CPU through the compiled loops of loops.py and loops_backward.py. Numba is optional."""
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from memzoo.kernels.selective_scan.fused import is_available
 from memzoo.kernels.threads import run_tasks
@@ -82,7 +85,6 @@ def _run(kernel, arguments, q: Tensor, size: int) -> None:
     run_tasks(kernel, arguments, B * H, B * T * H * size)
 
 
-@torch.library.custom_op("memzoo::neural_memory_fused", mutates_args=())
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -127,13 +129,15 @@ def _empty(q, v, state, start, position, widths, chunk_size, save):
     )  # fmt: skip
 
 
-@_forward.register_fake
+_forward_op = torch.library.custom_op("memzoo::neural_memory_fused", _forward, mutates_args=())
+
+
+@_forward_op.register_fake
 def _(q, k, v, gates, state, start, mask, position, widths, chunk_size, *options):
     return _empty(q, v, state, start, position, widths, chunk_size, options[-1])
 
 
-@torch.library.custom_op("memzoo::neural_memory_fused_backward", mutates_args=())
-def _backward_op(
+def _backward(
     d_y: Tensor,
     d_state: Tensor,
     d_start: Tensor,
@@ -169,6 +173,9 @@ def _backward_op(
     return tuple(outputs)
 
 
+_backward_op = torch.library.custom_op("memzoo::neural_memory_fused_backward", _backward, mutates_args=())
+
+
 @_backward_op.register_fake
 def _(d_y, d_state, d_start, q, k, v, gates, *_):
     return tuple(x.new_empty(x.shape) for x in (q, k, v, gates, d_state, d_start))
@@ -180,11 +187,65 @@ def _save(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(*output[3:])
 
 
-def _backward(ctx, d_y, d_state, d_start, *_):
+def _op_backward(ctx, d_y, d_state, d_start, *_):
     return *_backward_op(d_y, d_state, d_start, *ctx.saved_tensors, *ctx.options), *(None,) * 12
 
 
-_forward.register_autograd(_backward, setup_context=_save)
+_forward_op.register_autograd(_op_backward, setup_context=_save)
+
+
+def _join(*matrices: list[Tensor]) -> Tensor:
+    """Lists of [B, H, out, in] -> [G, lists, size]."""
+    return torch.cat([x.flatten(2) for xs in matrices for x in xs], 2).flatten(0, 1).unflatten(1, (len(matrices), -1))
+
+
+def _parts(x: Tensor, like: list[Tensor]) -> list[list[Tensor]]:
+    """The inverse of _join."""
+    B, H = like[0].shape[:2]
+    rows = [part.split([w.shape[-2:].numel() for w in like], 2) for part in x.unflatten(0, (B, H)).unbind(2)]
+    return [[part.unflatten(2, w.shape[-2:]) for part, w in zip(row, like)] for row in rows]
+
+
+class _Memory(torch.autograd.Function):
+    """The op in eager mode: its dispatch, and torch's gradients of joining and cutting, cost more than short texts."""
+
+    @staticmethod
+    def forward(ctx: Any, mask, position, options, *tensors: Tensor) -> tuple[Tensor, ...]:
+        inputs, widths = _gathered(tensors)
+        y, state, first, kept, hidden = _forward(*inputs, mask, position, widths, *options, True)
+        q, k, v, gates, _, start = inputs
+        ctx.save_for_backward(q, k, v, gates, start, kept, hidden, mask, position)
+        ctx.options = (widths, *options)
+        return _results(y, state, first, tensors[6::3])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_y: Tensor, *d_matrices: Tensor) -> tuple[Tensor | None, ...]:
+        d_W, d_S, d_first = (list(d_matrices[i::3]) for i in range(3))
+        grads = _backward(d_y.transpose(1, 2), _join(d_W, d_S), _join(d_first), *ctx.saved_tensors, *ctx.options)
+        d_tokens, d_gates, d_state, d_start = grads[:3], grads[3], *grads[4:]
+        rows = zip(*_parts(d_state, d_W), *_parts(d_start, d_W))
+        return (
+            *(None,) * 3,
+            *(x.transpose(1, 2) for x in d_tokens),
+            *(-d_gates[:1]).unbind(0),
+            *d_gates[1:].unbind(0),
+            *(x for row in rows for x in row),
+        )
+
+
+def _gathered(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
+    """The op's inputs from q, k, v, alpha, eta, theta and, layer by layer, W, S and start."""
+    q, k, v, alpha, eta, theta = tensors[:6]
+    W, S, first = (list(tensors[i::3]) for i in (6, 7, 8))
+    gates = torch.stack([1 - alpha, eta, theta])
+    inputs = [*(x.transpose(1, 2) for x in (q, k, v)), gates, _join(W, S), _join(first)]
+    return inputs, [W[0].shape[-1], *(x.shape[-2] for x in W)]
+
+
+def _results(y: Tensor, state: Tensor, first: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    rows = zip(*_parts(state, list(like)), *_parts(first, list(like)))
+    return y.transpose(1, 2), *(x for row in rows for x in row)
 
 
 def neural_memory_fused(
@@ -198,20 +259,21 @@ def neural_memory_fused(
     position: Tensor | None,
     options: tuple,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-    """tokens and gates [B, H, T, ...], matrices [B, H, out, in], float32 or float64 on the CPU; mask is bool.
+    """tokens and gates (alpha, eta, theta) [B, H, T, ...], matrices [B, H, out, in], float32 or float64 on the CPU;
+    mask is bool.
 
     Returns y, weights, momentum and start; `options` are those of the public op from clip on."""
-    B, H = tokens[0].shape[:2]
-    W, S, first = (torch.cat([x.flatten(2) for x in xs], 2).flatten(0, 1) for xs in (weights, momentum, start))
-    inputs = [*(x.transpose(1, 2) for x in tokens), torch.stack(gates), torch.stack([W, S], 1), first[:, None]]
-    widths = [weights[0].shape[-1], *(x.shape[-2] for x in weights)]
-    save = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    y, state, first, _, _ = _forward(*inputs, mask, position, widths, chunk_size, *options, save)
-    parts = [
-        x.unflatten(0, (B, H)).split([w.shape[-2:].numel() for w in weights], 2)
-        for x in (*state.unbind(1), first[:, 0])
-    ]
-    return y.transpose(1, 2), *([x.unflatten(2, w.shape[-2:]) for x, w in zip(xs, weights)] for xs in parts)
+    tensors = (*tokens, *gates, *(x for row in zip(weights, momentum, start) for x in row))
+    save = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    options = (chunk_size, *options)
+    if save and not torch.compiler.is_compiling():
+        y, *matrices = _Memory.apply(mask, position, options, *tensors)
+    else:
+        inputs, widths = _gathered(tensors)
+        run = _forward_op if torch.compiler.is_compiling() else _forward
+        y, state, first, _, _ = run(*inputs, mask, position, widths, *options, save)
+        y, *matrices = _results(y, state, first, weights)
+    return y, matrices[::3], matrices[1::3], matrices[2::3]
 
 
 def neural_memory_step_fused(
@@ -229,7 +291,8 @@ def neural_memory_step_fused(
     rule = _rule(q.dtype, (weights[0].shape[-1], *(x.shape[-2] for x in weights)), (1, *options))
     y = torch.empty(v.shape, dtype=v.dtype)
     after = [[torch.empty(x.shape, dtype=x.dtype) for x in xs] for xs in (weights, momentum)]
-    arrays = [*map(_array, (q, k, v, torch.stack(gates)[..., 0], mask))]
+    alpha, *others = gates
+    arrays = [*map(_array, (q, k, v, torch.stack([1 - alpha, *others])[..., 0], mask))]
     matrices = [tuple(_array(x) for x in xs) for xs in (weights, momentum, start)]
     results = [tuple(x.numpy() for x in xs) for xs in after]
     work = q.shape[0] * q.shape[1] * sum(x.shape[-1] * x.shape[-2] for x in weights)

@@ -13,7 +13,27 @@ from collections import namedtuple
 import numpy as np
 from numba import njit
 
-from memzoo.kernels.neural_memory.elements import activate, activate_with_slope, multiply, scale_columns, square_norms
+from memzoo.kernels.neural_memory.elements import (
+    UNCOUNTED,
+    activate,
+    activate_with_slope,
+    copy,
+    multiply,
+    scale_columns,
+    square_norms,
+)
+from memzoo.kernels.neural_memory.rows import (
+    aligned,
+    expect,
+    flush,
+    gather,
+    load_state,
+    normalize,
+    pick,
+    real_tokens,
+    scatter,
+    store_state,
+)
 from memzoo.kernels.selective_scan.fused_kernels import FAST, OPTIONS
 from memzoo.kernels.tiles import PAD, add_product, mix_add, prefetch, product, scale_add, transpose
 
@@ -23,21 +43,12 @@ Rule = namedtuple(
 # q, k, v [B, T, H, d] flat, with their strides [3, 3] over B, T and H; gates [3, B, H, T]: keep, eta, theta
 Tokens = namedtuple("Tokens", "q k v strides gates mask position")
 # One block: inputs of the layers, pre-activations, gradients before the slope and after it, the slope and its slope,
-# the same inputs with tokens as rows, steps after clip and threshold.
-Block = namedtuple("Block", "h z g delta slope bend rows w")
+# the same inputs with tokens as rows, steps after clip and threshold, and room for four numbers a token.
+Block = namedtuple("Block", "h z g delta slope bend rows w sums")
 # One block's decays: factors of W and S after i tokens, b being that of S in W; of token j's step after i tokens in W
 # and in S; -P w as the reads take them, [j, i]; minus what a step adds to W and to S at the block's end; W and S in
 # the reads.
 Decays = namedtuple("Decays", "a b e P E steps end_W end_S read_a read_b")
-
-
-@njit(**OPTIONS)
-def aligned(like, rows, columns):
-    """Zeros [rows, columns] from a multiple of 64 bytes on: vectors then never straddle two cache lines."""
-    size = rows * columns
-    raw = np.zeros(size + 64 // like.itemsize, like.dtype)
-    first = (-raw.ctypes.data % 64) // like.itemsize
-    return raw[first : first + size]
 
 
 @njit(**OPTIONS)
@@ -49,7 +60,8 @@ def blocks_of(like, rule, count, forward):
     inner = aligned(like, 2 * more * count * L * P, n).reshape((2, more * count, L, P, n))
     rows = aligned(like, count * L * n, P).reshape((count, L, n, P))
     w = np.zeros((count, n), like.dtype)
-    return Block(parts[0], inner[0], inner[1], parts[1], parts[2], parts[3], rows, w)
+    sums = np.zeros((4, n), like.dtype)
+    return Block(parts[0], inner[0], inner[1], parts[1], parts[2], parts[3], rows, w, sums)
 
 
 @njit(**OPTIONS)
@@ -70,94 +82,7 @@ def decays_of(like, rule):
     )
 
 
-@njit(**OPTIONS)
-def load_state(flat, state, keep, rule):
-    """state [L, 2, P, P + PAD] = keep state + flat [2 or 1, size]; without S in flat only W."""
-    at = 0
-    for l in range(len(rule.widths) - 1):
-        out, width = rule.widths[l + 1], rule.widths[l]
-        for part in range(flat.shape[0]):
-            for o in range(out):
-                for i in range(width):
-                    state[l, part, o, i] = keep * state[l, part, o, i] + flat[part, at + o * width + i]
-        at += out * width
-
-
-@njit(**OPTIONS)
-def store_state(state, flat, rule):
-    at = 0
-    for l in range(len(rule.widths) - 1):
-        out, width = rule.widths[l + 1], rule.widths[l]
-        for part in range(flat.shape[0]):
-            for o in range(out):
-                for i in range(width):
-                    flat[part, at + o * width + i] = state[l, part, o, i]
-        at += out * width
-
-
-@njit(fastmath=FAST, **OPTIONS)
-def flush(state, rule):
-    """Zero what changes no sum, before it becomes denormal: see `coefficients.py`."""
-    for l in range(len(rule.widths) - 1):
-        for part in range(2):
-            for o in range(rule.widths[l + 1]):
-                for i in range(rule.widths[l]):
-                    x = state[l, part, o, i]
-                    state[l, part, o, i] = x if abs(x) > rule.tiny else state.dtype.type(0)
-
-
-@njit(**OPTIONS)
-def real_tokens(mask, b, T):
-    """Indices of the tokens of row b that are no pads."""
-    index, n = np.empty(T, np.int64), 0
-    for t in range(T):
-        if mask.shape[0] == 0 or mask[b, t]:
-            index[n] = t
-            n += 1
-    return index[:n]
-
-
-@njit(**OPTIONS)
-def gather(x, strides, b, h, index, d, rows):
-    """rows [n, P] = x[b, t, h] for t in index, zero beyond."""
-    n = len(index)
-    for i in range(n):
-        at = b * strides[0] + index[i] * strides[1] + h * strides[2]
-        for f in range(d):
-            rows[i, f] = x[at + f]
-    rows[n:] = 0
-
-
-@njit(**OPTIONS)
-def scatter(rows, b, h, index, out):
-    """out[b, t, h] for t in index: the rows, one after the other."""
-    for i in range(len(index)):
-        for f in range(out.shape[3]):
-            out[b, index[i], h, f] = rows[i, f]
-
-
-@njit(**OPTIONS)
-def expect(x, strides, b, h, index, first, last, d):
-    """Prefetch x[b, t, h] for t in index[first:last]: rows are too far apart for the processor to guess."""
-    for i in range(max(first, 0), min(last, len(index))):
-        prefetch(x, b * strides[0] + index[i] * strides[1] + h * strides[2], d)
-
-
-@njit(fastmath=FAST, **OPTIONS)
-def normalize(rows, inverse, n, rule):
-    """The first n rows to unit length, in place; inverse keeps what they were multiplied by."""
-    if rule.normalize:
-        one, least = rows.dtype.type(1), rows.dtype.type(1e-12)
-        for i in range(n):
-            square = rows.dtype.type(0)
-            for f in range(rows.shape[1]):
-                square += rows[i, f] * rows[i, f]
-            inverse[i] = one / max(np.sqrt(square), least)
-            for f in range(rows.shape[1]):
-                rows[i, f] *= inverse[i]
-
-
-@njit(fastmath=FAST, **OPTIONS)
+@njit(fastmath=FAST, **UNCOUNTED)
 def surprise(weights, s, block, target, rule):
     """Gradients at weights [L, P, P + PAD] for the keys in block.h[s, 0]."""
     last, pads = len(rule.widths) - 2, rule.pads
@@ -177,49 +102,48 @@ def surprise(weights, s, block, target, rule):
         multiply(block.g[s, l - 1, :width], block.slope[s, l - 1, :width], block.delta[s, l - 1, :width])
 
 
-@njit(fastmath=FAST, **OPTIONS)
-def squared_gradients(block, s, rule):
-    """||g||^2 of every token: each gradient is an outer product delta h'."""
-    n = rule.block
-    total, x, d = np.zeros(n, block.w.dtype), np.empty(n, block.w.dtype), np.empty(n, block.w.dtype)
+@njit(fastmath=FAST, **UNCOUNTED)
+def clip_scales(block, s, rule):
+    """sums[0]: ||g||^2 of every token, a gradient being an outer product delta h'. sums[1]: min(1, clip / ||g||)."""
+    total, scale, x, d = block.sums[0], block.sums[1], block.sums[2], block.sums[3]
+    total[:] = 0
     for l in range(len(rule.widths) - 1):
         square_norms(block.h[s, l, : rule.pads[l]], x)
         square_norms(block.delta[s, l, : rule.pads[l + 1]], d)
-        for t in range(n):
+        for t in range(rule.block):
             total[t] += x[t] * d[t]
-    return total
+    least, one = rule.clip * rule.clip, total.dtype.type(1)
+    for t in range(rule.block):
+        scale[t] = rule.clip / np.sqrt(total[t]) if total[t] > least else one
 
 
-@njit(fastmath=FAST, **OPTIONS)
-def clip_scales(square, clip):
-    """min(1, clip / ||g||)."""
-    return np.minimum(clip / np.sqrt(np.maximum(square, clip * clip)), square.dtype.type(1))
-
-
-@njit(fastmath=FAST, **OPTIONS)
-def large_enough(block, s, rule):
-    """1 where the squared error reaches the threshold."""
-    error = np.empty(rule.block, block.w.dtype)
-    last = len(rule.widths) - 2
+@njit(fastmath=FAST, **UNCOUNTED)
+def drop_small(block, s, values, rule):
+    """values = 0 where the squared error is below the threshold."""
+    last, error = len(rule.widths) - 2, block.sums[2]
     square_norms(block.delta[s, last, : rule.pads[last + 1]], error)
-    return (error >= rule.threshold).astype(block.w.dtype)
+    for t in range(rule.block):
+        if not error[t] >= rule.threshold:
+            values[t] = 0
 
 
-@njit(fastmath=FAST, **OPTIONS)
+@njit(fastmath=FAST, **UNCOUNTED)
 def complete(block, s, theta, n, rule):
     """The steps w of a block whose h and delta are there, and the inputs of the later layers with tokens as rows."""
     w = block.w[s]
-    w[:n] = theta[:n]
-    w[n:] = 0
+    for t in range(rule.block):
+        w[t] = theta[t] if t < n else w.dtype.type(0)
     if rule.clip > 0:
-        w *= clip_scales(squared_gradients(block, s, rule), rule.clip)
+        clip_scales(block, s, rule)
+        for t in range(rule.block):
+            w[t] *= block.sums[1, t]
     if rule.threshold > 0:
-        w *= large_enough(block, s, rule)
+        drop_small(block, s, w, rule)
     for l in range(1, len(rule.widths) - 1):
         transpose(block.h[s, l, : rule.pads[l]], block.rows[s, l])
 
 
-@njit(fastmath=FAST, **OPTIONS)
+@njit(fastmath=FAST, **UNCOUNTED)
 def decay(keep, eta, w, n, d, rule):
     """Fill the decays of a block's first n tokens: W_i = keep_i W_{i-1} + S_i, S_i = eta_i S_{i-1} - w_i g_i."""
     one, zero, tiny = w.dtype.type(1), w.dtype.type(0), rule.tiny
@@ -252,7 +176,7 @@ def decay(keep, eta, w, n, d, rule):
         d.end_W[i], d.end_S[i] = -P[n, i] * w[i], -E[n, i] * w[i]
 
 
-@njit(fastmath=FAST, **OPTIONS)
+@njit(fastmath=FAST, **UNCOUNTED)
 def read(state, s, block, query, d, outputs, scratch, rule):
     """All layers at the query [P, block], with their outputs in outputs [L, P, block]; scratch [3, P, block]."""
     last, attention = len(rule.widths) - 2, scratch[1, : rule.block]
@@ -270,7 +194,7 @@ def read(state, s, block, query, d, outputs, scratch, rule):
         add_product(outputs[l, :out], block.delta[s, l, :out], attention)
 
 
-@njit(fastmath=FAST, **OPTIONS)
+@njit(fastmath=FAST, **UNCOUNTED)
 def advance(state, after, s, block, n, d, scratch, rule):
     """The state after a block's n tokens, to `after`, which may be `state` itself."""
     for l in range(len(rule.widths) - 1):
@@ -283,7 +207,7 @@ def advance(state, after, s, block, n, d, scratch, rule):
         scale_add(after[l, 1, :out, :width], d.e[n], S, scratch[0, :out], rows)
 
 
-@njit(**OPTIONS)
+@njit(**UNCOUNTED)
 def keep_hidden(block, s, outputs, to, rule):
     """z, g, the reads' hidden outputs and the error, to [rows, min(chunk, block)]."""
     last, at, n = len(rule.widths) - 2, 0, to.shape[1]
@@ -300,74 +224,106 @@ def keep_hidden(block, s, outputs, to, rule):
             to[at + f, t] = block.delta[s, last, f, t]
 
 
-@njit(fastmath=FAST, **OPTIONS)
+Buffers = namedtuple("Buffers", "block decays chunk now outputs scratch target query rows gates inverse index")
+
+
+@njit(**OPTIONS)
+def buffers_of(like, rule, T):
+    """What `forward` works in."""
+    L, P, n = len(rule.widths) - 1, rule.pads.max(), rule.block
+    tall = max(P, n)  # one of them holds attention
+    tiles = aligned(like, (L + 5) * tall, n).reshape((L + 5, tall, n))
+    states = states_of(like, rule, 2)
+    return Buffers(
+        blocks_of(like, rule, 1, True), decays_of(like, rule), states[0], states[1], tiles[5:], tiles[:3], tiles[3],
+        tiles[4], aligned(like, 3 * n, P).reshape((3, n, P)), np.zeros((3, n), like.dtype), np.empty(n, like.dtype),
+        np.empty(T, np.int64),
+    )  # fmt: skip
+
+
+@njit(fastmath=FAST, **UNCOUNTED)
+def load_block(tokens, b, head, here, x, rule):
+    """The block's queries, keys and values as columns, and its gates."""
+    q, k, v, strides, gates = tokens.q, tokens.k, tokens.v, tokens.strides, tokens.gates
+    keys, n, (Pk, Pv) = x.block.rows[0, 0], len(here), (rule.pads[0], rule.pads[-1])
+    gather(q, strides[0], b, head, here, rule.widths[0], x.rows[0])
+    gather(k, strides[1], b, head, here, rule.widths[0], keys)
+    gather(v, strides[2], b, head, here, rule.widths[-1], x.rows[1])
+    normalize(x.rows[0], x.inverse, n, rule)
+    normalize(keys, x.inverse, n, rule)
+    transpose(x.rows[0][:, :Pk], x.query)
+    transpose(keys[:, :Pk], x.block.h[0, 0])
+    transpose(x.rows[1][:, :Pv], x.target)
+    if rule.residual:
+        for f in range(Pk):
+            for t in range(rule.block):
+                x.target[f, t] -= x.block.h[0, 0, f, t]
+    for i in range(3):
+        pick(gates[i, b, head], here, x.gates[i])
+
+
+@njit(fastmath=FAST, **UNCOUNTED)
+def walk(tokens, rule, state, start, x, y, final, final_start, kept, hidden, b, head):
+    """One head of one row: `forward` for a task, its arrays without the first axis."""
+    q, k, v, strides = tokens.q, tokens.k, tokens.v, tokens.strides
+    T, H, dv = y.shape[1:]
+    L, dk = len(rule.widths) - 1, rule.widths[0]
+    per_chunk = (rule.chunk + rule.block - 1) // rule.block
+    index = x.index[: real_tokens(tokens.mask, b, x.index)]
+    load_state(state, x.now, state.dtype.type(0), rule)
+    load_state(start, x.chunk, state.dtype.type(0), rule)
+    store_state(x.chunk, final_start, rule)
+    done, chunk, filled = 0, 0, tokens.position[b]
+    while done < len(index):
+        stop = min(done + rule.chunk - filled, len(index))
+        if chunk:
+            for l in range(L):
+                copy(x.now[l, 0], x.chunk[l, 0])
+        if kept.shape[0] > 0 and chunk % rule.stride == 0:
+            store_state(x.now, kept[chunk // rule.stride], rule)
+        if stop == len(index):
+            store_state(x.chunk, final_start, rule)
+        part = chunk * per_chunk
+        while done < stop:
+            here = index[done : min(done + rule.block, stop)]
+            n = len(here)
+            following = done + n + rule.block
+            load_block(tokens, b, head, here, x, rule)
+            for i in range(done, done + n):
+                prefetch(y.reshape(-1), ((b * T + index[i]) * H + head) * dv, dv)
+            expect(q, strides[0], b, head, index, done + n, following, dk)
+            surprise(x.chunk[:, 0], 0, x.block, x.target, rule)
+            expect(k, strides[1], b, head, index, done + n, following, dk)
+            complete(x.block, 0, x.gates[2], n, rule)
+            decay(x.gates[0], x.gates[1], x.block.w[0], n, x.decays, rule)
+            read(x.now, 0, x.block, x.query, x.decays, x.outputs, x.scratch, rule)
+            expect(v, strides[2], b, head, index, done + n, following, dv)
+            transpose(x.outputs[L - 1, : rule.pads[L]], x.rows[2])
+            if rule.residual:
+                for i in range(n):
+                    for f in range(dv):
+                        x.rows[2, i, f] += x.rows[0, i, f]
+            scatter(x.rows[2], b, head, here, y)
+            if kept.shape[0] > 0:
+                keep_hidden(x.block, 0, x.outputs, hidden[part], rule)
+            advance(x.now, x.now, 0, x.block, n, x.decays, x.scratch, rule)
+            done, part = done + n, part + 1
+        chunk, filled = chunk + 1, 0
+        if chunk % rule.stride == 0:
+            flush(x.now, rule)
+    store_state(x.now, final, rule)
+    if done and (tokens.position[b] + done) % rule.chunk == 0:
+        store_state(x.now, final_start, rule)
+
+
+@njit(**OPTIONS)
 def forward(tokens, rule, state, start, y, final, final_start, kept, hidden, first, last):
     """state, final [G, 2, size]; start, final_start [G, 1, size]; y [B, T, H, dv], zero at pads.
 
     kept [G, segments, 2, size], the states at segment starts, and hidden [G, blocks, rows, n] are for the backward."""
-    q, k, v, strides, gates, mask, position = tokens
-    T, H = y.shape[1:3]
-    L, P = len(rule.widths) - 1, rule.pads.max()
-    per_chunk = (rule.chunk + rule.block - 1) // rule.block
-    at_chunk = states_of(state, rule, 1)[0]
-    block, d = blocks_of(state, rule, 1, True), decays_of(state, rule)
-    tall, zero = max(P, rule.block), state.dtype.type(0)  # one of the buffers holds attention
-    buffers = aligned(state, (L + 5) * tall, rule.block).reshape((L + 5, tall, rule.block))
-    outputs, scratch, target, query = buffers[5:], buffers[:3], buffers[3], buffers[4]
-    rows = aligned(state, 3 * rule.block, P).reshape((3, rule.block, P))
-    dk, dv, inverse = rule.widths[0], rule.widths[L], np.empty(rule.block, state.dtype)
-    Pk, Pv, keys = rule.pads[0], rule.pads[L], block.rows[0, 0]
-    to, to_strides = y.reshape(-1), np.array([T * H * dv, H * dv, dv])
+    x, H = buffers_of(state, rule, y.shape[1]), y.shape[2]
     for task in range(first, last):
-        b, head = task // H, task % H
-        index = real_tokens(mask, b, T)
-        now = states_of(state, rule, 1)[0]
-        load_state(state[task], now, zero, rule)
-        load_state(start[task], at_chunk, zero, rule)
-        final_start[task] = start[task]
-        done, chunk, filled = 0, 0, position[b]
-        while done < len(index):
-            stop = min(done + rule.chunk - filled, len(index))
-            if chunk:
-                at_chunk[:, 0] = now[:, 0]
-            if kept.shape[1] > 0 and chunk % rule.stride == 0:
-                store_state(now, kept[task, chunk // rule.stride], rule)
-            if stop == len(index):
-                store_state(at_chunk, final_start[task], rule)
-            part = chunk * per_chunk
-            while done < stop:
-                here = index[done : min(done + rule.block, stop)]
-                n = len(here)
-                gather(q, strides[0], b, head, here, dk, rows[0])
-                gather(k, strides[1], b, head, here, dk, keys)
-                gather(v, strides[2], b, head, here, dv, rows[1])
-                expect(to, to_strides, b, head, index, done, done + n, dv)
-                normalize(rows[0], inverse, n, rule)
-                normalize(keys, inverse, n, rule)
-                transpose(rows[0][:, :Pk], query)
-                transpose(keys[:, :Pk], block.h[0, 0])
-                transpose(rows[1][:, :Pv], target)
-                if rule.residual:
-                    target[:P] -= block.h[0, 0]
-                following = done + n + rule.block
-                expect(q, strides[0], b, head, index, done + n, following, dk)
-                surprise(at_chunk[:, 0], 0, block, target, rule)
-                expect(k, strides[1], b, head, index, done + n, following, dk)
-                complete(block, 0, gates[2, b, head][here], n, rule)
-                decay(gates[0, b, head][here], gates[1, b, head][here], block.w[0], n, d, rule)
-                read(now, 0, block, query, d, outputs, scratch, rule)
-                expect(v, strides[2], b, head, index, done + n, following, dv)
-                transpose(outputs[L - 1, :Pv], rows[2])
-                if rule.residual:
-                    rows[2] += rows[0]
-                scatter(rows[2], b, head, here, y)
-                if kept.shape[1] > 0:
-                    keep_hidden(block, 0, outputs, hidden[task, part], rule)
-                advance(now, now, 0, block, n, d, scratch, rule)
-                done, part = done + n, part + 1
-            chunk, filled = chunk + 1, 0
-            if chunk % rule.stride == 0:
-                flush(now, rule)
-        store_state(now, final[task], rule)
-        if done and (position[b] + done) % rule.chunk == 0:
-            store_state(now, final_start[task], rule)
+        walk(
+            tokens, rule, state[task], start[task], x, y, final[task], final_start[task], kept[task], hidden[task],
+            task // H, task % H,
+        )  # fmt: skip

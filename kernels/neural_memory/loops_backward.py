@@ -8,25 +8,36 @@ from collections import namedtuple
 import numpy as np
 from numba import njit
 
-from memzoo.kernels.neural_memory.elements import activate_with_slope, differentiate, multiply, scale_columns
+from memzoo.kernels.neural_memory.elements import (
+    UNCOUNTED,
+    activate_with_slope,
+    copy,
+    differentiate,
+    multiply,
+    scale_columns,
+)
 from memzoo.kernels.neural_memory.loops import (
     advance,
-    aligned,
     blocks_of,
     clip_scales,
     complete,
     decay,
     decays_of,
+    drop_small,
+    states_of,
+)
+from memzoo.kernels.neural_memory.rows import (
+    add,
+    aligned,
     expect,
     flush,
     gather,
-    large_enough,
     load_state,
     normalize,
+    normalize_backward,
+    pick,
     real_tokens,
     scatter,
-    squared_gradients,
-    states_of,
     store_state,
 )
 from memzoo.kernels.selective_scan.fused_kernels import FAST, OPTIONS
@@ -36,7 +47,7 @@ from memzoo.kernels.tiles import add_product, mix_add, product, scale_add, trans
 Grads = namedtuple("Grads", "h delta keep eta w")
 # Gradients of a block's decays: of a, b, e, P and E after i tokens.
 DecayGrads = namedtuple("DecayGrads", "a b e P E")
-Scratch = namedtuple("Scratch", "x rows slope d_r W S both attention")
+Scratch = namedtuple("Scratch", "x rows slope d_r W S both attention sums")
 
 
 @njit(**OPTIONS)
@@ -53,11 +64,11 @@ def scratch_of(like, rule):
     wide = aligned(like, 5 * P, n).reshape((5, P, n))
     return Scratch(
         wide[0], aligned(like, n, P).reshape((n, P)), wide[1], wide[2], wide[3], wide[4], wide[3:],
-        aligned(like, 4 * n, n).reshape((4, n, n)),
+        aligned(like, 4 * n, n).reshape((4, n, n)), np.zeros((2, n), like.dtype),
     )  # fmt: skip
 
 
-@njit(fastmath=FAST, **OPTIONS)
+@njit(fastmath=FAST, **UNCOUNTED)
 def recall(block, s, kept, rule):
     """Fill a block from what the forward kept; h_0 is there."""
     last, at, n = len(rule.widths) - 2, 0, kept.shape[1]
@@ -73,7 +84,7 @@ def recall(block, s, kept, rule):
             block.delta[s, last, f, t] = kept[at + f, t]
 
 
-@njit(fastmath=FAST, **OPTIONS)
+@njit(fastmath=FAST, **UNCOUNTED)
 def update_backward(state, d_state, s, block, n, d, grads, d_d, scratch, rule):
     """Gradients that go through a block's update, but for its state's."""
     for l in range(len(rule.widths) - 1):
@@ -114,7 +125,7 @@ def update_backward(state, d_state, s, block, n, d, grads, d_d, scratch, rule):
             d_d.e[n] += e
 
 
-@njit(fastmath=FAST, **OPTIONS)
+@njit(fastmath=FAST, **UNCOUNTED)
 def read_backward(state, d_state, s, block, q, q_rows, n, hidden, d, grads, d_d, scratch, rule):
     """Gradients that go through a block's reads, and its state's whole; scratch.d_r, at first d_y, becomes d_q.
 
@@ -123,7 +134,9 @@ def read_backward(state, d_state, s, block, q, q_rows, n, hidden, d, grads, d_d,
     attention, d_attention, turned = scratch.attention[1], scratch.attention[2], scratch.attention[3]
     d_steps = scratch.attention[0]
     d_steps[:] = 0
-    d_a, d_b = np.zeros(N, q.dtype), np.zeros(N, q.dtype)
+    d_a, d_b = scratch.sums[0], scratch.sums[1]
+    d_a[:] = 0
+    d_b[:] = 0
     at = hidden.shape[0] - rule.widths[L]
     for l in range(L - 1, -1, -1):
         width, out = rule.pads[l], rule.pads[l + 1]
@@ -135,7 +148,7 @@ def read_backward(state, d_state, s, block, q, q_rows, n, hidden, d, grads, d_d,
             transpose(x, scratch.rows)
             at -= 2 * rule.widths[l]
         else:
-            x[:] = q[:width]
+            copy(q[:width], x)
         product(W, state[l, 0, :out, :width].T, d_r)
         product(S, state[l, 1, :out, :width].T, d_r)
         for f in range(width):
@@ -166,7 +179,7 @@ def read_backward(state, d_state, s, block, q, q_rows, n, hidden, d, grads, d_d,
         if l:
             multiply(W, scratch.slope[:width], scratch.d_r[:width])
         else:
-            scratch.d_r[:width] = W
+            copy(W, scratch.d_r[:width])
     for i in range(n):  # steps[j, i] = -P[i + shift, j] w[j]
         d_d.a[i + shift] += d_a[i]
         d_d.b[i + shift] += d_b[i]
@@ -175,7 +188,7 @@ def read_backward(state, d_state, s, block, q, q_rows, n, hidden, d, grads, d_d,
             grads.w[s, j] -= d_steps[j, i] * d.P[i + shift, j]
 
 
-@njit(fastmath=FAST, **OPTIONS)
+@njit(fastmath=FAST, **UNCOUNTED)
 def decay_backward(keep, eta, s, n, d, d_d, grads):
     """The recursion of `decay`, backwards."""
     for i in range(n, 0, -1):
@@ -195,20 +208,19 @@ def decay_backward(keep, eta, s, n, d, d_d, grads):
         grads.keep[s, i - 1], grads.eta[s, i - 1] = d_k, d_m
 
 
-@njit(fastmath=FAST, **OPTIONS)
+@njit(fastmath=FAST, **UNCOUNTED)
 def steps_backward(theta, s, n, block, grads, rule):
     """grads.w becomes that of theta; clip: h and delta set the scale of the steps."""
     w = grads.w[s]
     if rule.threshold > 0:
-        w *= large_enough(block, s, rule)
+        drop_small(block, s, w, rule)
     if rule.clip > 0:
-        square = squared_gradients(block, s, rule)
-        scale = clip_scales(square, rule.clip)
+        clip_scales(block, s, rule)
+        square, scale, d_square = block.sums[0], block.sums[1], block.sums[2]
         # d scale / d square = -scale / (2 square) where it clips; the 2 goes against those of the squares
-        d_square = np.zeros(rule.block, w.dtype)
-        for t in range(n):
-            if square[t] > rule.clip * rule.clip:
-                d_square[t] = -w[t] * theta[t] * scale[t] / square[t]
+        for t in range(rule.block):
+            clips = t < n and square[t] > rule.clip * rule.clip
+            d_square[t] = -w[t] * theta[t] * scale[t] / square[t] if clips else w.dtype.type(0)
         for l in range(len(rule.widths) - 1):
             width, out = rule.pads[l], rule.pads[l + 1]
             h, delta, d_h, d_delta = block.h[s, l], block.delta[s, l], grads.h[s, l], grads.delta[s, l]
@@ -223,10 +235,11 @@ def steps_backward(theta, s, n, block, grads, rule):
                         d_h[f, t] += d_square[t] * d * h[f, t]
                     for f in range(out):
                         d_delta[f, t] += d_square[t] * x * delta[f, t]
-        w *= scale
+        for t in range(rule.block):
+            w[t] *= scale[t]
 
 
-@njit(fastmath=FAST, **OPTIONS)
+@njit(fastmath=FAST, **UNCOUNTED)
 def surprise_backward(weights, d_weights, s, block, grads, scratch, rule):
     """Adds to the gradients of h and of the weights [L, P, P + PAD]; that of delta's last is the error's."""
     last, pads, N = len(rule.widths) - 2, rule.pads, rule.block
@@ -252,134 +265,165 @@ def surprise_backward(weights, d_weights, s, block, grads, scratch, rule):
                     d_z[f, t] += d_h[f, t] * slope[f, t]
 
 
-@njit(fastmath=FAST, **OPTIONS)
-def normalize_backward(rows, inverse, d_rows, n, rule):
-    """d_rows, the gradient of n unit rows, becomes that of the rows before `normalize`."""
-    if rule.normalize:
-        for i in range(n):
-            along = rows.dtype.type(0)
-            for f in range(rows.shape[1]):
-                along += rows[i, f] * d_rows[i, f]
-            if inverse[i] >= rows.dtype.type(1e12):
-                along = rows.dtype.type(0)  # shorter than 1e-12: only scaled
-            for f in range(rows.shape[1]):
-                d_rows[i, f] = inverse[i] * (d_rows[i, f] - along * rows[i, f])
+# Tokens of a block: where its first one is, how many; the first block of every chunk of the segment, and one past it.
+Places = namedtuple("Places", "at length firsts")
+# What `backward` works in; states at the starts of a segment's blocks, those of a chunk's gradients, and queries.
+Buffers = namedtuple(
+    "Buffers",
+    "block decays grads d_decays scratch places history begin d_begin d_now query queries d_reads d_rows gates "
+    "inverse index",
+)
 
 
-@njit(fastmath=FAST, **OPTIONS)
+@njit(**OPTIONS)
+def buffers_of(like, rule, T):
+    P, n, per_chunk = rule.pads.max(), rule.block, (rule.chunk + rule.block - 1) // rule.block
+    slots = rule.stride * per_chunk
+    sums, squares = np.zeros((3, n + 1), like.dtype), np.zeros((2, n + 1, n), like.dtype)
+    more, rows = states_of(like, rule, 3), aligned(like, 3 * n, P).reshape((3, n, P))
+    at = np.zeros((2, slots), np.int64)
+    return Buffers(
+        blocks_of(like, rule, slots, False), decays_of(like, rule), grads_of(like, rule, slots),
+        DecayGrads(sums[0], sums[1], sums[2], squares[0], squares[1]), scratch_of(like, rule),
+        Places(at[0], at[1], np.zeros(rule.stride + 1, np.int64)), states_of(like, rule, slots), more[0], more[1],
+        more[2], aligned(like, P, n).reshape((P, n)), rows[0], rows[1], rows[2],
+        np.zeros((3, slots, n), like.dtype), np.empty((slots + 1, n), like.dtype), np.empty(T, np.int64),
+    )  # fmt: skip
+
+
+@njit(fastmath=FAST, **UNCOUNTED)
+def replay(tokens, rule, x, hidden, b, head, index, c0, c1):
+    """The blocks of the chunks c0 to c1, and the states at their starts; returns how many blocks."""
+    filled, per_chunk, s = tokens.position[b], (rule.chunk + rule.block - 1) // rule.block, 0
+    for c in range(c0, c1):
+        t, stop = max(c * rule.chunk - filled, 0), min((c + 1) * rule.chunk - filled, len(index))
+        x.places.firsts[c - c0], part = s, c * per_chunk
+        while t < stop:
+            here = index[t : min(t + rule.block, stop)]
+            n, keys = len(here), x.block.rows[s, 0]
+            x.places.at[s], x.places.length[s] = t, n
+            gather(tokens.k, tokens.strides[1], b, head, here, rule.widths[0], keys)
+            normalize(keys, x.inverse[s], n, rule)
+            transpose(keys[:, : rule.pads[0]], x.block.h[s, 0])
+            for i in range(3):
+                pick(tokens.gates[i, b, head], here, x.gates[i, s])
+            recall(x.block, s, hidden[part], rule)
+            complete(x.block, s, x.gates[2, s], n, rule)
+            t, part = t + n, part + 1
+            if t < stop or c + 1 < c1:
+                decay(x.gates[0, s], x.gates[1, s], x.block.w[s], n, x.decays, rule)
+                advance(x.history[s], x.history[s + 1], s, x.block, n, x.decays, x.scratch.both, rule)
+            s += 1
+    x.places.firsts[c1 - c0] = s
+    return s
+
+
+@njit(fastmath=FAST, **UNCOUNTED)
+def block_backward(tokens, rule, x, hidden, d_y, d_strides, d_q, b, head, index, s):
+    """Through the reads and the update of block s; hidden is what was kept of it."""
+    q, strides, dk, dv = tokens.q, tokens.strides, rule.widths[0], rule.widths[-1]
+    at, n = x.places.at[s], x.places.length[s]
+    here, span = index[at : at + n], len(x.places.at) * rule.block  # tokens of a segment, or more
+    gather(q, strides[0], b, head, here, dk, x.queries)
+    gather(d_y, d_strides, b, head, here, dv, x.d_reads)
+    expect(q, strides[0], b, head, index, at - rule.block, at, dk)
+    normalize(x.queries, x.inverse[-1], n, rule)
+    transpose(x.queries[:, : rule.pads[0]], x.query)
+    transpose(x.d_reads[:, : rule.pads[-1]], x.scratch.d_r)
+    decay(x.gates[0, s], x.gates[1, s], x.block.w[s], n, x.decays, rule)
+    x.d_decays.a[:], x.d_decays.b[:], x.d_decays.e[:] = 0, 0, 0
+    x.d_decays.P[:], x.d_decays.E[:] = 0, 0
+    update_backward(x.history[s], x.d_now, s, x.block, n, x.decays, x.grads, x.d_decays, x.scratch, rule)
+    expect(d_y, d_strides, b, head, index, at - rule.block, at, dv)
+    read_backward(
+        x.history[s], x.d_now, s, x.block, x.query, x.queries, n, hidden, x.decays, x.grads, x.d_decays, x.scratch,
+        rule,
+    )  # fmt: skip
+    expect(tokens.k, strides[1], b, head, index, at - span, at - span + n, dk)
+    decay_backward(x.gates[0, s], x.gates[1, s], s, n, x.decays, x.d_decays, x.grads)
+    transpose(x.scratch.d_r[: rule.pads[0]], x.d_rows)
+    if rule.residual:
+        add(x.d_reads, 1, x.d_rows)
+    normalize_backward(x.queries, x.inverse[-1], x.d_rows, n, rule)
+    scatter(x.d_rows, b, head, here, d_q)
+
+
+@njit(fastmath=FAST, **UNCOUNTED)
+def surprises_backward(rule, x, weights, d_weights, d_k, d_v, d_gates, b, head, index, s):
+    """Through the gradients that block s was made of, taken at weights; d_gates [3, T]."""
+    at, n, last = x.places.at[s], x.places.length[s], len(rule.widths) - 2
+    here = index[at : at + n]
+    steps_backward(x.gates[2, s], s, n, x.block, x.grads, rule)
+    surprise_backward(weights, d_weights, s, x.block, x.grads, x.scratch, rule)
+    transpose(x.grads.delta[s, last, : rule.pads[last + 1]], x.d_reads)
+    for i in range(rule.block):
+        for f in range(x.d_reads.shape[1]):
+            x.d_reads[i, f] = -x.d_reads[i, f]
+    scatter(x.d_reads, b, head, here, d_v)
+    transpose(x.grads.h[s, 0, : rule.pads[0]], x.d_rows)
+    if rule.residual:
+        add(x.d_reads, -1, x.d_rows)
+    normalize_backward(x.block.rows[s, 0], x.inverse[s], x.d_rows, n, rule)
+    scatter(x.d_rows, b, head, here, d_k)
+    for i in range(n):
+        d_gates[0, here[i]] = x.grads.keep[s, i]
+        d_gates[1, here[i]] = x.grads.eta[s, i]
+        d_gates[2, here[i]] = x.grads.w[s, i]
+
+
+@njit(fastmath=FAST, **UNCOUNTED)
+def walk(
+    tokens, rule, x, start, kept, hidden, d_y, d_strides, d_final, d_final_start,
+    d_q, d_k, d_v, d_gates, d_state, d_start, b, head,
+):  # fmt: skip
+    """One head of one row: `backward` for a task, arrays of states without the first axis."""
+    per_chunk, zero, one = (rule.chunk + rule.block - 1) // rule.block, kept.dtype.type(0), kept.dtype.type(1)
+    index, filled = x.index[: real_tokens(tokens.mask, b, x.index)], tokens.position[b]
+    load_state(d_final, x.d_now, zero, rule)
+    load_state(start, x.begin, zero, rule)
+    x.d_begin[:] = 0
+    chunks = (filled + len(index) + rule.chunk - 1) // rule.chunk if len(index) else 0
+    owner = chunks if (filled + len(index)) % rule.chunk == 0 else chunks - 1  # whose start is final_start
+    if chunks == 0:
+        load_state(d_final_start, x.d_begin, zero, rule)
+    elif owner == chunks:
+        load_state(d_final_start, x.d_now, one, rule)
+    for segment in range((chunks - 1) // rule.stride, -1, -1):
+        c0, c1 = segment * rule.stride, min((segment + 1) * rule.stride, chunks)
+        load_state(kept[segment], x.history[0], zero, rule)
+        blocks = replay(tokens, rule, x, hidden, b, head, index, c0, c1)
+        x.grads.h[:blocks] = 0
+        x.grads.delta[:blocks] = 0
+        x.grads.w[:blocks] = 0
+        for c in range(c1 - 1, c0 - 1, -1):
+            begin, end = x.places.firsts[c - c0], x.places.firsts[c - c0 + 1]
+            for s in range(end - 1, begin - 1, -1):
+                block_backward(
+                    tokens, rule, x, hidden[c * per_chunk + s - begin], d_y, d_strides, d_q, b, head, index, s
+                )
+            weights = x.history[begin][:, 0] if c else x.begin[:, 0]
+            d_weights = x.d_now[:, 0] if c else x.d_begin[:, 0]
+            for s in range(begin, end):
+                surprises_backward(rule, x, weights, d_weights, d_k, d_v, d_gates, b, head, index, s)
+            if c == owner:
+                load_state(d_final_start, x.d_now if c else x.d_begin, one, rule)
+            if c and rule.detach_every and c % rule.detach_every == 0:
+                x.d_now[:] = 0
+        flush(x.d_now, rule)
+    store_state(x.d_now, d_state, rule)
+    store_state(x.d_begin, d_start, rule)
+
+
+@njit(**OPTIONS)
 def backward(
     tokens, rule, start, kept, hidden, d_y, d_strides, d_final, d_final_start,
     d_q, d_k, d_v, d_gates, d_state, d_start, first, last,
 ):  # fmt: skip
     """Gradients of the tokens, zero at pads, of the first state and of `start`; shapes as in `forward`."""
-    q, k, _, strides, gates, mask, position = tokens
-    T, H = d_q.shape[1:3]
-    L, per_chunk = len(rule.widths) - 1, (rule.chunk + rule.block - 1) // rule.block
-    slots = rule.stride * per_chunk
-    block, d, grads, scratch = (
-        blocks_of(kept, rule, slots, False),
-        decays_of(kept, rule),
-        grads_of(kept, rule, slots),
-        scratch_of(kept, rule),
-    )
-    rows, squares = np.zeros((3, rule.block + 1), kept.dtype), np.zeros((2, rule.block + 1, rule.block), kept.dtype)
-    d_d = DecayGrads(rows[0], rows[1], rows[2], squares[0], squares[1])
-    history, more = states_of(kept, rule, slots), states_of(kept, rule, 3)
-    begin, d_begin, d_now = more[0], more[1], more[2]
-    P, Pk, Pv = rule.pads.max(), rule.pads[0], rule.pads[L]
-    query = aligned(kept, P, rule.block).reshape((P, rule.block))
-    queries, d_reads, d_rows = aligned(kept, 3 * rule.block, P).reshape((3, rule.block, P))
-    span = slots * rule.block  # tokens of a segment, or more
-    at, length = np.zeros(slots, np.int64), np.zeros(slots, np.int64)  # first token and tokens of a block
-    firsts = np.zeros(rule.stride + 1, np.int64)  # of a chunk's blocks
-    zero, one, dk, dv = kept.dtype.type(0), kept.dtype.type(1), rule.widths[0], rule.widths[L]
-    inverse = np.empty((slots + 1, rule.block), kept.dtype)  # of the norms of k, and of q
+    x, H = buffers_of(kept, rule, d_q.shape[1]), d_q.shape[2]
     for task in range(first, last):
         b, head = task // H, task % H
-        index, filled = real_tokens(mask, b, T), position[b]
-        keep, eta, theta = gates[0, b, head], gates[1, b, head], gates[2, b, head]
-        load_state(d_final[task], d_now, zero, rule)
-        load_state(start[task], begin, zero, rule)
-        d_begin[:] = 0
-        chunks = (filled + len(index) + rule.chunk - 1) // rule.chunk if len(index) else 0
-        owner = chunks if (filled + len(index)) % rule.chunk == 0 else chunks - 1  # whose start is final_start
-        if chunks == 0:
-            load_state(d_final_start[task], d_begin, zero, rule)
-        elif owner == chunks:
-            load_state(d_final_start[task], d_now, one, rule)
-        for segment in range((chunks - 1) // rule.stride, -1, -1):
-            c0, c1 = segment * rule.stride, min((segment + 1) * rule.stride, chunks)
-            load_state(kept[task, segment], history[0], zero, rule)
-            s = 0
-            for c in range(c0, c1):
-                t, stop = max(c * rule.chunk - filled, 0), min((c + 1) * rule.chunk - filled, len(index))
-                firsts[c - c0], part = s, c * per_chunk
-                while t < stop:
-                    here = index[t : min(t + rule.block, stop)]
-                    n = len(here)
-                    at[s], length[s] = t, n
-                    gather(k, strides[1], b, head, here, dk, block.rows[s, 0])
-                    normalize(block.rows[s, 0], inverse[s], n, rule)
-                    transpose(block.rows[s, 0][:, :Pk], block.h[s, 0])
-                    recall(block, s, hidden[task, part], rule)
-                    complete(block, s, theta[here], n, rule)
-                    t, part = t + n, part + 1
-                    if t < stop or c + 1 < c1:
-                        decay(keep[here], eta[here], block.w[s], n, d, rule)
-                        advance(history[s], history[s + 1], s, block, n, d, scratch.both, rule)
-                    s += 1
-            firsts[c1 - c0] = s
-            grads.h[:s] = 0
-            grads.delta[:s] = 0
-            grads.w[:s] = 0
-            for c in range(c1 - 1, c0 - 1, -1):
-                for s in range(firsts[c - c0 + 1] - 1, firsts[c - c0] - 1, -1):
-                    n, part = length[s], c * per_chunk + s - firsts[c - c0]
-                    here = index[at[s] : at[s] + n]
-                    gather(q, strides[0], b, head, here, dk, queries)
-                    gather(d_y, d_strides, b, head, here, dv, d_reads)
-                    expect(q, strides[0], b, head, index, at[s] - rule.block, at[s], dk)
-                    normalize(queries, inverse[slots], n, rule)
-                    transpose(queries[:, :Pk], query)
-                    transpose(d_reads[:, :Pv], scratch.d_r)
-                    decay(keep[here], eta[here], block.w[s], n, d, rule)
-                    rows[:] = 0
-                    squares[:] = 0
-                    update_backward(history[s], d_now, s, block, n, d, grads, d_d, scratch, rule)
-                    expect(d_y, d_strides, b, head, index, at[s] - rule.block, at[s], dv)
-                    read_backward(
-                        history[s], d_now, s, block, query, queries, n, hidden[task, part], d, grads, d_d, scratch,
-                        rule,
-                    )  # fmt: skip
-                    expect(k, strides[1], b, head, index, at[s] - span, at[s] - span + n, dk)
-                    decay_backward(keep[here], eta[here], s, n, d, d_d, grads)
-                    transpose(scratch.d_r[:Pk], d_rows)
-                    if rule.residual:
-                        d_rows += d_reads
-                    normalize_backward(queries, inverse[slots], d_rows, n, rule)
-                    scatter(d_rows, b, head, here, d_q)
-                weights = history[firsts[c - c0]][:, 0] if c else begin[:, 0]
-                d_weights = d_now[:, 0] if c else d_begin[:, 0]
-                for s in range(firsts[c - c0], firsts[c - c0 + 1]):
-                    here = index[at[s] : at[s] + length[s]]
-                    steps_backward(theta[here], s, length[s], block, grads, rule)
-                    surprise_backward(weights, d_weights, s, block, grads, scratch, rule)
-                    transpose(grads.delta[s, L - 1, :Pv], d_reads)
-                    d_reads *= -one
-                    scatter(d_reads, b, head, here, d_v)
-                    transpose(grads.h[s, 0, :Pk], d_rows)
-                    if rule.residual:
-                        d_rows -= d_reads
-                    normalize_backward(block.rows[s, 0], inverse[s], d_rows, length[s], rule)
-                    scatter(d_rows, b, head, here, d_k)
-                    for i in range(length[s]):
-                        d_gates[0, b, head, here[i]] = grads.keep[s, i]
-                        d_gates[1, b, head, here[i]] = grads.eta[s, i]
-                        d_gates[2, b, head, here[i]] = grads.w[s, i]
-                if c == owner:
-                    load_state(d_final_start[task], d_now if c else d_begin, one, rule)
-                if c and rule.detach_every and c % rule.detach_every == 0:
-                    d_now[:] = 0
-            flush(d_now, rule)
-        store_state(d_now, d_state[task], rule)
-        store_state(d_begin, d_start[task], rule)
+        walk(
+            tokens, rule, x, start[task], kept[task], hidden[task], d_y, d_strides, d_final[task], d_final_start[task],
+            d_q, d_k, d_v, d_gates[:, b, head], d_state[task], d_start[task], b, head,
+        )  # fmt: skip

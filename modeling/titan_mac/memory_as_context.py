@@ -1,13 +1,13 @@
 """Memory as context, the MAC arrangement of Titans (arXiv 2501.00663, section 4.1, eq. 21-25), token by token."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.models.llama.modeling_llama import rotate_half
 
 from memzoo.modeling.attention import CausalSelfAttention
 from memzoo.modeling.neural_memory import NeuralMemory
+from memzoo.modeling.norm import RMSNorm, narrow
 from memzoo.modeling.segments import Segments
 from memzoo.modeling.titan_mac.configuration_titan_mac import TitanMacConfig
 
@@ -34,12 +34,13 @@ class MemoryAsContext(CausalSelfAttention):
             config.hidden_size,
             config.num_attention_heads,
             config.num_key_value_heads,
+            window=config.memory_segment_size,
             num_persistent_tokens=config.num_persistent_tokens,
             rope_theta=config.rope_theta,
             dropout=config.dropout,
         )
         self.segment_size = config.memory_segment_size
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.memory = NeuralMemory.from_config(config)
         self.queries = None
         if config.memory_num_tokens is None:
@@ -68,38 +69,43 @@ class MemoryAsContext(CausalSelfAttention):
         angles = [x[0, cut.places][:, :, None] for x in (cos, sin)]  # [B, T, 1, d]
         tokens = [hidden_states, _rotate(q, *angles), _rotate(k, *angles), v]
         if self.queries is None:
-            tokens += [self.recall_proj(hidden_states), *angles]
+            tokens += [self.memory.unit(self.recall_proj(hidden_states)), *angles]
 
-        first, keys, values, outputs = self._first(state, q), [], [], []
-        past = (state["keys"][:, : cut.past], state["values"][:, : cut.past]) if cut.past else None
+        weights, keys, values, inputs, found, outputs = self._first(state, q), [], [], [], [], []
+        past = [cut.earlier(state[name]) for name in ("keys", "values")] if cut.past else None
         memory_state = state
         for i, (x_i, q_i, k_i, v_i, *recall) in enumerate(zip(*map(cut.split, tokens))):
             context = None
             if self.queries is None:
                 queries, *angles = recall
-                k_h, v_h = self._memory_tokens(queries, first)
-                k_h = _rotate(k_h, *angles)
-                k_i, v_i = torch.stack([k_i, k_h], 2), torch.stack([v_i, v_h], 2)  # [B, L, 2, Hkv, d]
+                k_h, v_h = self._memory_tokens(queries, weights)
+                k_i, v_i = torch.stack([k_i, _rotate(k_h, *angles)], 2), torch.stack([v_i, v_h], 2)
             else:
-                context = self._memory_tokens(self.queries.expand(B, -1, -1), first)
-                k_i, v_i = k_i[:, :, None], v_i[:, :, None]
+                context = self._memory_tokens(self.memory.unit(self.queries).expand(B, -1, -1, -1), weights)
+                k_i, v_i = k_i[:, :, None], v_i[:, :, None]  # [B, L, n, Hkv, d]
             keys.append(k_i)
             values.append(v_i)
-            y = self.o_proj(self._attend_piece(q_i, (k_i, v_i), past if i == 0 else None, place, context))
-            gate, memory_state = self.memory(self.norm(x_i + y), memory_state, cut.masks[i])
-            outputs.append(y * gate.sigmoid())
+            if past is not None and i == 0:
+                k_i, v_i = (torch.cat([old.to(x.dtype), x], 1) for old, x in zip(past, (k_i, v_i)))
+            missing = cut.missing if i == 0 else None
+            y = self.attend(q_i, k_i.flatten(1, 2), v_i.flatten(1, 2), missing, k_i.shape[2], context)
+            outputs.append(self.o_proj(y.flatten(2)))
+            inputs.append(narrow(self.norm((x_i + outputs[-1]).to(self.norm.weight.dtype))))
+            read, memory_state = self.memory.learn(inputs[-1], memory_state, cut.masks[i])
+            found.append(read)
             if cut.completes[i] and "weights_0" in memory_state:
-                first = [cut.choose(i, memory_state[f"weights_{l}"], x) for l, x in enumerate(first)]
+                weights = [cut.choose(i, memory_state[f"weights_{l}"], x) for l, x in enumerate(weights)]
             if cut.completes[i] and self._truncates(i):
                 memory_state = {name: x.detach() for name, x in memory_state.items()}
-                first = [x.detach() for x in first]
+                weights = [x.detach() for x in weights]
 
         new_state = {**memory_state, "place": cut.place}
         for name, pieces in (("keys", keys), ("values", values)):
             new_state[name] = cut.unfinished(state.get(name), cut.join(pieces))
         if "weights_0" in memory_state:
-            new_state |= {f"first_{l}": x for l, x in enumerate(first)}
-        return cut.join(outputs), new_state
+            new_state |= {f"first_{l}": x for l, x in enumerate(weights)}
+        gate = self.memory.output(cut.join(found), cut.join(inputs))
+        return cut.join(outputs) * gate.sigmoid(), new_state
 
     def _truncates(self, i: int) -> bool:
         """Whether gradients stop behind segment i of a call: after every `detach_every` chunks, at a segment's end."""
@@ -117,29 +123,10 @@ class MemoryAsContext(CausalSelfAttention):
         return self.memory.memory({}, like.new_zeros(like.shape[0], dtype=wide)).weights
 
     def _memory_tokens(self, queries: Tensor, weights: list[Tensor]) -> KeysAndValues:
-        """Keys and values [B, L, Hkv, d] of what the memory holds for queries [B, L, M]."""
-        h = self.token_proj(self.memory.read(queries, weights))
+        """Keys and values [B, L, Hkv, d] of what the memory holds for unit queries [B, L, H, d]."""
+        h = self.token_proj(self.memory.read(queries, weights).to(self.token_proj.weight.dtype))
         k, v = (proj(h).unflatten(-1, (-1, self.head_dim)) for proj in (self.k_proj, self.v_proj))
         return k, v
-
-    def _attend_piece(
-        self, q: Tensor, new: KeysAndValues, past: KeysAndValues | None, place: Tensor, context: KeysAndValues | None
-    ) -> Tensor:
-        """q [B, L, H, d] over `new` [B, L, n, Hkv, d] up to itself, `past` [B, P, n, Hkv, d] and all of `context`."""
-        (k, v), (L, n) = new, new[0].shape[1:3]
-        seen = torch.ones(L, L, dtype=torch.bool, device=q.device).tril()
-        if past is not None:
-            j = torch.arange(past[0].shape[1], device=q.device)
-            before = (j < place[:, None])[:, None].expand(-1, L, -1)
-            seen = torch.cat([before, seen.expand(len(before), -1, -1)], -1)
-            k, v = (torch.cat([old.to(x.dtype), x], 1) for old, x in zip(past, new))
-        seen, k, v = seen.repeat_interleave(n, -1), k.flatten(1, 2), v.flatten(1, 2)
-        if context is not None:
-            k, v = (torch.cat(x, 1) for x in zip(context, (k, v)))
-            seen = F.pad(seen, (context[0].shape[1], 0), value=True)
-        seen = seen[:, None] if seen.ndim == 3 else seen[None, None]
-        y = self._sdpa(*(x.transpose(1, 2) for x in (q, k, v)), seen)
-        return y.transpose(1, 2).flatten(2)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from memzoo.modeling.cache import MemoryCache, MemoryGenerationMixin
 from memzoo.modeling.key_value_memory import KeyValueMemory
 from memzoo.modeling.mlp import GatedMLP
 from memzoo.modeling.neural_memory import NeuralMemory
+from memzoo.modeling.norm import RMSNorm, narrow
 from memzoo.modeling.statistics import masked_mean, neural_memory_statistics, record_calls
 from memzoo.modeling.titan_mac.configuration_titan_mac import TitanMacConfig
 from memzoo.modeling.titan_mac.memory_as_context import MemoryAsContext
@@ -60,8 +61,8 @@ class TitanMacBlock(GradientCheckpointingLayer):
         variant = config.titans_variant if config.memory_enabled else None
         self.memory = None
         if variant == "mal":  # section 4.3 (eq. 29-31): the attention reads the memory's output
-            self.memory_norm, self.memory = nn.RMSNorm(D, eps), NeuralMemory.from_config(config)
-        self.mixer_norm = nn.RMSNorm(D, eps)
+            self.memory_norm, self.memory = RMSNorm(D, eps), NeuralMemory.from_config(config)
+        self.mixer_norm = RMSNorm(D, eps)
         self.mixer = {"mac": MemoryAsContext, "mag": MemoryAsGate}.get(variant, WindowAttention)(config)
         self.bank = None
         if config.memory_bank:
@@ -73,7 +74,7 @@ class TitanMacBlock(GradientCheckpointingLayer):
                 config.memory_bank_decay,
                 config.memory_segment_size,
             )
-        self.mlp_norm = nn.RMSNorm(D, eps)
+        self.mlp_norm = RMSNorm(D, eps)
         self.mlp = GatedMLP(D, config.intermediate_size)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -82,15 +83,22 @@ class TitanMacBlock(GradientCheckpointingLayer):
         """The layer's neural memory, wherever it is."""
         return self.mixer.memory if isinstance(self.mixer, (MemoryAsContext, MemoryAsGate)) else self.memory
 
+    @property
+    def memory_input(self) -> nn.Module:
+        """The norm whose output the neural memory reads; "mac" calls it for every segment."""
+        if isinstance(self.mixer, MemoryAsContext):
+            return self.mixer.norm
+        return self.mixer_norm if self.memory is None else self.memory_norm
+
     def forward(
         self, hidden_states: Tensor, mask: Tensor | None = None, past_key_values: MemoryCache | None = None
     ) -> Tensor:
         state = past_key_values.read(self.layer_idx) if past_key_values is not None else {}
         new_state: dict[str, Tensor] = {}
         if self.memory is not None:
-            y, new_state = self.memory(self.memory_norm(hidden_states), state, mask)
+            y, new_state = self.memory(narrow(self.memory_norm(hidden_states)), state, mask)
             hidden_states = hidden_states + self.dropout(y)
-        x = self.mixer_norm(hidden_states)
+        x = narrow(self.mixer_norm(hidden_states))
         y, mixer_state = self.mixer(x, state, mask)
         new_state |= mixer_state
         if self.bank is not None:
@@ -99,7 +107,7 @@ class TitanMacBlock(GradientCheckpointingLayer):
         if past_key_values is not None:
             past_key_values.write(self.layer_idx, new_state, new_tokens=hidden_states.shape[1])
         hidden_states = hidden_states + self.dropout(y)
-        return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
+        return hidden_states + self.dropout(self.mlp(narrow(self.mlp_norm(hidden_states))))
 
 
 class TitanMacPreTrainedModel(MemoryPreTrainedModel):
@@ -125,7 +133,7 @@ class TitanMacModel(MemoryBackbone, TitanMacPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(TitanMacBlock(config, i) for i in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -150,6 +158,7 @@ class TitanMacForCausalLM(MemoryCausalLM, TitanMacPreTrainedModel, MemoryGenerat
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @torch.no_grad()
     def get_memory_stats(
         self, input_ids: torch.LongTensor, attention_mask: Tensor | None = None
     ) -> list[dict[str, float]]:
@@ -158,24 +167,24 @@ class TitanMacForCausalLM(MemoryCausalLM, TitanMacPreTrainedModel, MemoryGenerat
         `activation` is the mean norm of the memory's output relative to that of its input; the others are those of
         `neural_memory_statistics`. With a bank, `bank_use` is the share of its places that hold a pair.
         """
-        memories = [layer.neural_memory for layer in self.model.layers]
-        banks = [layer.bank for layer in self.model.layers]
-        with record_calls([part for part in (*memories, *banks) if part is not None]) as calls:
+        layers = [layer for layer in self.model.layers if layer.neural_memory is not None or layer.bank is not None]
+        parts = [part for x in layers for part in (x.memory_input, x.mixer, x.bank) if part is not None]
+        with record_calls(parts) as calls:
             self.observe(input_ids, attention_mask)
         stats: list[dict[str, float]] = []
-        for memory, bank in zip(memories, banks):
+        for layer in layers:
             found: dict[str, float] = {}
-            if memory is not None:  # "mac" calls it for every segment
-                inputs, outputs = zip(*calls[memory])
-                x, y = torch.cat([x for x, *_ in inputs], 1), torch.cat([y for y, _ in outputs], 1)
-                mask = None if inputs[0][2] is None else torch.cat([mask for *_, mask in inputs], 1)
+            (((_, _, mask), _),) = calls[layer.mixer]
+            if (memory := layer.neural_memory) is not None:
+                x = torch.cat([output for _, output in calls[layer.memory_input]], 1)
+                y, _ = memory.eval()(x, {}, mask)
+                memory.train(self.training)
                 found["activation"] = masked_mean(y.norm(dim=-1) / x.norm(dim=-1), mask)
                 found |= neural_memory_statistics(memory, x, {}, mask)
-            if bank is not None:
-                ((_, (_, state)),) = calls[bank]
+            if layer.bank is not None:
+                ((_, (_, state)),) = calls[layer.bank]
                 found["bank_use"] = (state["bank.usage"] > 0).double().mean().item()
-            if found:
-                stats.append(found)
+            stats.append(found)
         return stats
 
 

@@ -105,12 +105,13 @@ def test_memory_as_context_is_a_loop_over_tokens(tokens):
             before = [state[f"weights_{l}"] if state else w[None] for l, w in enumerate(layer.memory.initial_weights)]
             keys, values = list(layer.persistent[0].transpose(0, 1)), list(layer.persistent[1].transpose(0, 1))
             if tokens is not None:
-                h = layer.token_proj(layer.memory.read(layer.queries, before))[0]
+                h = layer.token_proj(layer.memory.read(layer.memory.unit(layer.queries), before))[0]
                 keys += list(layer.k_proj(h).view(tokens, 1, d))
                 values += list(layer.v_proj(h).view(tokens, 1, d))
         seen = [x[:, i]]
         if tokens is None:
-            seen.append(layer.token_proj(layer.memory.read(layer.recall_proj(x[:, i : i + 1]), before))[:, 0])
+            queries = layer.memory.unit(layer.recall_proj(x[:, i : i + 1]))
+            seen.append(layer.token_proj(layer.memory.read(queries, before))[:, 0])
         for token in seen:
             keys.append(rotated(layer.k_proj(token).view(1, d), i % S))
             values.append(layer.v_proj(token).view(1, d))
