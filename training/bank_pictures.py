@@ -20,6 +20,7 @@ from memzoo.modeling.memory_bank import MemoryRead
 from memzoo.modeling.statistics import record_calls
 from memzoo.training.bank_page import write_page
 from memzoo.training.data.packing import frame
+from memzoo.training.distill.seeding import seen_by
 
 MOST_LABELS = 80  # tokens named on an axis
 
@@ -37,6 +38,15 @@ class Reading:
     @property
     def num_chapters(self) -> int:
         return self.load.shape[1]
+
+    @property
+    def in_use(self) -> float:
+        """Memory tokens that the text reads, exp of the entropy of its mean attention: N if it reads all alike.
+
+        Chapters that are chosen evenly may still hardly be read, where a shared one takes the softmax.
+        """
+        share = self.attention.sum(0) / self.attention.sum()
+        return torch.special.entr(share).sum().exp().item()
 
 
 @torch.no_grad()
@@ -61,7 +71,7 @@ def readings(model: Any, ids: Tensor) -> list[Reading]:
 
 def _reading(name: str, read: MemoryRead, args: tuple, output: tuple) -> Reading:
     x, bank = args[:2]
-    q = read.q_proj(x).unflatten(-1, (read.num_heads, read.head_dim)).float()
+    q = read.q_proj(seen_by(read, x)).unflatten(-1, (read.num_heads, read.head_dim)).float()
     rows = bank.rows()
     k = (rows.float() @ bank.fold(read.k_proj.weight).float().mT).unflatten(1, (read.kv_heads, -1)).transpose(0, 1)
     each = torch.eye(len(rows), device=k.device).expand(read.kv_heads, -1, -1)  # values that say which token was read
@@ -117,7 +127,7 @@ def plot_attention(found: list[Reading], labels: list[str], path: Path) -> None:
         )
         for c in range(1, reading.num_chapters):
             ax.axhline(c * size / reading.num_chapters - 0.5, color="white", lw=0.4, alpha=0.6)
-        ax.set(title=reading.name, ylabel="memory token")
+        ax.set(title=f"{reading.name}: {reading.in_use:.0f} of {size} memory tokens in use", ylabel="memory token")
         figure.colorbar(image, ax=ax, label="x even share", fraction=0.02, pad=0.01)
         _name_tokens(ax, labels)
     _save(figure, path)

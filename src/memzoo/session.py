@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from peft import AutoPeftModelForCausalLM
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -20,22 +21,23 @@ CHUNK = 2048  # tokens read at once
 
 
 def load_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer from a folder (or a hub id), on the GPU if there is one.
+    """Model, or base with its adapter, and tokenizer from a folder (or a hub id), on the GPU if there is one.
 
     Raises:
         FileNotFoundError: the folder holds no model.
         DamagedCheckpoint: a file of it is cut short.
     """
     folder = Path(name)
+    adapted = (folder / "adapter_config.json").is_file()
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
+        if not (folder / "config.json").is_file() and not adapted:
             checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
             hint = f"; did you mean {checkpoints[-1]}?" if checkpoints else " (no config.json)"
             raise FileNotFoundError(f"{folder} holds no model{hint}")
         check_files(folder, "copy or train it again")
     elif folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"{name} is not a folder; give one that save_pretrained or `memzoo train` wrote")
-    model = AutoModelForCausalLM.from_pretrained(name).eval()
+    model = (AutoPeftModelForCausalLM if adapted else AutoModelForCausalLM).from_pretrained(name).eval()
     if torch.cuda.is_available():
         model.cuda()
     return model, AutoTokenizer.from_pretrained(name)

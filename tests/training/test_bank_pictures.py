@@ -5,11 +5,14 @@ import re
 
 import pytest
 import torch
+from peft import get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from memzoo import MaruTokenizer, MemoryBankTransformerConfig, MemoryBankTransformerForCausalLM
+from memzoo import MaruTokenizer, MemoryBankTransformerConfig, MemoryBankTransformerForCausalLM, MemoryConfig
 from memzoo.cli import main
+from memzoo.modeling.memory_bank import MemoryRead
 from memzoo.modeling.statistics import record_calls
-from memzoo.training.bank_pictures import plot_router_load, readings, show_bank
+from memzoo.training.bank_pictures import Reading, plot_router_load, readings, show_bank
 
 pytest.importorskip("matplotlib")
 CHAPTERS = {"memory_num_chapters": 6, "memory_top_k_chapters": 2, "memory_num_shared_chapters": 1}
@@ -54,6 +57,32 @@ def test_the_attention_that_is_drawn_gives_what_the_layer_read(fields):
         for t, row in enumerate(reading.chosen.tolist()):
             seen = set(reading.load[t].nonzero()[:, 0].tolist())
             assert seen == set(range(shared)) | {c for c in row if c >= 0}
+
+
+def test_the_attention_of_an_adapter_is_to_its_input_after_the_norm():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 264, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    base = LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=24, initializer_range=0.4))
+    chapters = {"num_memory_tokens": 24, "num_chapters": 6, "top_k_chapters": 2, "num_heads": 1}
+    model = get_peft_model(base, MemoryConfig(task_type="CAUSAL_LM", init_weights=False, **chapters)).eval()
+    ids = torch.randint(3, 264, (11,))
+    reads = [module for module in model.modules() if isinstance(module, MemoryRead)]
+    with record_calls(reads) as calls:
+        model(input_ids=ids[None], use_cache=False)
+    for reading, read in zip(readings(model, ids), reads, strict=True):
+        ((_, bank, *_), (read_out, *_)) = calls[read][0]
+        expected = reading.attention @ bank.tokens() @ read.v_proj.weight.mT @ read.o_proj.weight.mT
+        torch.testing.assert_close(read_out[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_memory_tokens_in_use_are_those_that_the_text_reads():
+    def in_use(attention: torch.Tensor) -> float:
+        return Reading("layer 0", attention, attention, torch.empty(len(attention), 0), 0).in_use
+
+    assert in_use(torch.full((3, 8), 1 / 8)) == pytest.approx(8)
+    assert in_use(torch.eye(8)[[0, 0, 5, 5]]) == pytest.approx(2)  # each token reads one, the text two
+    assert in_use(2 * torch.eye(8)[[0, 1, 2, 3]]) == pytest.approx(4)  # of separate softmaxes the weights sum to 2
+    assert 1 < in_use(torch.tensor([[0.99, 0.01]])) < 1.1
 
 
 def test_tiers_are_drawn_each_by_itself(tmp_path):
