@@ -186,7 +186,7 @@ def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
         names = list(runs[0]["accuracy"])
         lengths, values = [int(n) for n in names], np.array([over_seeds(runs, n) for n in names])
         (line,) = axes.plot(lengths, np.median(values, 1), "o-", label=name)
-        axes.fill_between(lengths, values[:, 0], values[:, -1], color=line.get_color(), alpha=0.12, linewidth=0)
+        axes.plot(lengths, values, ".", color=line.get_color(), alpha=0.5)  # every seed
     axes.axhline(0.1, color="0.6", linestyle=":", label="chance")
     axes.axvline(STAGES[-1][1], color="0.85", zorder=0)
     axes.set(xscale="log", xlabel="tokens read (trained at 512)", ylabel="accuracy", ylim=(0, 1.03))
