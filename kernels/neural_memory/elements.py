@@ -8,13 +8,15 @@ import math
 
 import numpy as np
 from numba import njit, types
+from numba.core.options import DefaultOptions
 from numba.extending import overload
 
 from memzoo.kernels.selective_scan.elementwise import exp32, sigmoid
 from memzoo.kernels.selective_scan.fused_kernels import FAST, OPTIONS
 
-# for functions that allocate nothing: numba then does not count references to every view that they make of an array
-UNCOUNTED = {**OPTIONS, "_nrt": False}
+# for functions that allocate nothing: numba then does not count references to every view that they make of an array;
+# the option is numba's own, so a version may come without it
+UNCOUNTED = {**OPTIONS, "_nrt": False} if hasattr(DefaultOptions, "_nrt") else OPTIONS
 KINDS = {"silu": 0, "gelu": 1}
 NORMAL = 1 / math.sqrt(2 * math.pi)
 # erf to 1.5e-7: Abramowitz and Stegun 7.1.26

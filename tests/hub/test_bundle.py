@@ -55,10 +55,9 @@ def test_every_family_loads_without_memzoo(tmp_path, missing):
     )
     assert done.returncode == 0, done.stderr
     for folder, logits in torch.load(result, weights_only=True).items():
-        if missing:
-            torch.testing.assert_close(logits, expected[folder], rtol=1e-4, atol=1e-5)
-        else:
-            assert torch.equal(logits, expected[folder])
+        # the same code in another process may differ by one rounding of float32: products depend on where memory lies
+        tolerance = {"rtol": 1e-4, "atol": 1e-5} if missing else {"rtol": 0, "atol": 1e-7}
+        torch.testing.assert_close(logits, expected[folder], **tolerance)
 
 
 @pytest.mark.parametrize("family", memzoo._FAMILIES)
