@@ -75,7 +75,7 @@ class KeyValueMemory(nn.Module):
                 kept = self._keep(bank, candidates)
                 bank = {name: cut.choose(i, kept[name], bank[name]) for name in bank}
         new_state = {f"bank.{name}": tensor for name, tensor in bank.items()}
-        new_state |= {f"fresh.{name}": cut.unfinished(fresh[name], tensor) for name, tensor in new.items()}
+        new_state |= {f"fresh.{name}": cut.unfinished(fresh[name], pieces[name]) for name in bank}
         return self.o_proj(cut.join(reads)), {**new_state, "bank.place": cut.place}
 
     def _bank(self, state: dict[str, Tensor], k: Tensor, usage: Tensor) -> dict[str, Tensor]:

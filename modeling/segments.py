@@ -4,6 +4,8 @@ A batch may be ragged: rows have read different numbers of tokens, so that their
 the input. Piece i of the cut holds, left-aligned, what every row has in its i-th segment from here on.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,7 @@ class Segments:
         place: [B] int64, the tokens in the unfinished segment after the last token.
         past: the tokens of the longest unfinished segment before the input.
         missing: [B] int64, how many fewer a row's has; None where all are as long.
+        together: whether all rows' segments begin and end at the same tokens of the input.
     """
 
     def __init__(self, place: Tensor, T: int, mask: Tensor | None, size: int) -> None:
@@ -50,15 +53,16 @@ class Segments:
             offset = torch.tensor([0, *self.lengths], device=device).cumsum(0)
             at = torch.div(place[:, None] + t, size, rounding_mode="floor")  # [B, T] piece of each token
             self.inverse = offset[at] + t - torch.stack(starts, 1).gather(1, at)
-        whole = mask is None and low == high
+        self.together = mask is None and low == high
         self.completes = [(i + 1) * size <= high + T for i in range(pieces)]
-        self.full = [None if whole and ends else (i + 1) * size <= self.end for i, ends in enumerate(self.completes)]
+        ends = [(i + 1) * size <= self.end for i in range(pieces)]
+        self.full = [None if self.together and done else x for done, x in zip(self.completes, ends)]
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
         """x [B, T, ...] -> one [B, L, ...] a piece."""
         return (x if self.index is None else _gather(x, self.index)).split(self.lengths, 1)
 
-    def join(self, pieces: list[Tensor]) -> Tensor:
+    def join(self, pieces: Sequence[Tensor]) -> Tensor:
         """The inverse of `split`."""
         x = torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]
         return x if self.index is None else _gather(x, self.inverse)
@@ -75,15 +79,19 @@ class Segments:
         index = torch.arange(self.past, device=x.device) - self.missing[:, None]
         return _gather(x, index.clamp_min(0))
 
-    def unfinished(self, old: Tensor | None, new: Tensor) -> Tensor:
+    def unfinished(self, old: Tensor | None, pieces: Sequence[Tensor]) -> Tensor:
         """What belongs to the unfinished segment: [B, size - 1, ...] by place, zero beyond.
 
         Args:
             old: the same before this input, None for nothing.
-            new: [B, T, ...] of the input's tokens.
+            pieces: [B, L, ...] of the input's tokens, cut as by `split`.
         """
+        if self.together:
+            new, before = pieces[-1], sum(self.lengths[:-1])
+        else:
+            new, before = self.join(pieces), 0
         j = torch.arange(self.size - 1, device=new.device)
-        index = j + (self.tokens - self.place)[:, None]  # [B, size - 1] in the input; negative: read before
+        index = j + (self.tokens - self.place - before)[:, None]  # [B, size - 1] in `new`; negative: read before
         if old is not None:
             new = torch.cat([old.to(new.dtype), new], 1)
             index = torch.where(index >= 0, index + self.size - 1, j)

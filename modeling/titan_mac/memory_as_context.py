@@ -1,5 +1,7 @@
 """Memory as context, the MAC arrangement of Titans (arXiv 2501.00663, section 4.1, eq. 21-25), token by token."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
@@ -72,16 +74,19 @@ class MemoryAsContext(CausalSelfAttention):
             tokens += [self.memory.unit(self.recall_proj(hidden_states)), *angles]
 
         weights, keys, values, inputs, found, outputs = self._first(state, q), [], [], [], [], []
+        memory_tokens = T if self.queries is None else len(cut.lengths) * self.queries.shape[1]
+        project = self._projection() if memory_tokens > self.token_proj.in_features else self._project
         past = [cut.earlier(state[name]) for name in ("keys", "values")] if cut.past else None
         memory_state = state
         for i, (x_i, q_i, k_i, v_i, *recall) in enumerate(zip(*map(cut.split, tokens))):
             context = None
             if self.queries is None:
                 queries, *angles = recall
-                k_h, v_h = self._memory_tokens(queries, weights)
+                k_h, v_h = project(self.memory.read(queries, weights))
                 k_i, v_i = torch.stack([k_i, _rotate(k_h, *angles)], 2), torch.stack([v_i, v_h], 2)
             else:
-                context = self._memory_tokens(self.memory.unit(self.queries).expand(B, -1, -1, -1), weights)
+                asked = self.memory.unit(self.queries).expand(B, -1, -1, -1)
+                context = project(self.memory.read(asked, weights))
                 k_i, v_i = k_i[:, :, None], v_i[:, :, None]  # [B, L, n, Hkv, d]
             keys.append(k_i)
             values.append(v_i)
@@ -101,7 +106,7 @@ class MemoryAsContext(CausalSelfAttention):
 
         new_state = {**memory_state, "place": cut.place}
         for name, pieces in (("keys", keys), ("values", values)):
-            new_state[name] = cut.unfinished(state.get(name), cut.join(pieces))
+            new_state[name] = cut.unfinished(state.get(name), pieces)
         if "weights_0" in memory_state:
             new_state |= {f"first_{l}": x for l, x in enumerate(weights)}
         gate = self.memory.output(cut.join(found), cut.join(inputs))
@@ -122,11 +127,23 @@ class MemoryAsContext(CausalSelfAttention):
         wide = torch.promote_types(like.dtype, torch.float32)
         return self.memory.memory({}, like.new_zeros(like.shape[0], dtype=wide)).weights
 
-    def _memory_tokens(self, queries: Tensor, weights: list[Tensor]) -> KeysAndValues:
-        """Keys and values [B, L, Hkv, d] of what the memory holds for unit queries [B, L, H, d]."""
-        h = self.token_proj(self.memory.read(queries, weights).to(self.token_proj.weight.dtype))
+    def _project(self, h: Tensor) -> KeysAndValues:
+        """Keys and values [B, L, Hkv, d] of what the memory holds, h [B, L, M]."""
+        h = self.token_proj(h.to(self.token_proj.weight.dtype))
         k, v = (proj(h).unflatten(-1, (-1, self.head_dim)) for proj in (self.k_proj, self.v_proj))
         return k, v
+
+    def _projection(self) -> Callable[[Tensor], KeysAndValues]:
+        """The same for many tokens: `_project` is linear, so what it makes of the unit vectors is its matrix, and a
+        segment needs one product instead of three."""
+        k, v = self._project(torch.eye(self.token_proj.in_features, device=self.token_proj.weight.device))
+        matrix = torch.stack([k, v], 1).flatten(1)  # [M, 2 Hkv d]
+
+        def project(h: Tensor) -> KeysAndValues:
+            k, v = torch.matmul(h.to(matrix.dtype), matrix).unflatten(-1, (2, -1, self.head_dim)).unbind(-3)
+            return k, v
+
+        return project
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

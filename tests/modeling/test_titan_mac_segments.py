@@ -18,7 +18,7 @@ def test_segments_are_those_of_each_row(place, tokens, T):
     x = torch.arange(1.0, 3 * T + 1).view(3, T, 1)
     cut = Segments(torch.tensor(place), T, mask, size)
     pieces, old = cut.split(x), -torch.ones(3, size - 1, 1)
-    kept = cut.unfinished(old, x)
+    kept = cut.unfinished(old, pieces)
     for b, (p, n) in enumerate(zip(place, counts)):
         row = [None] * p + x[b, :n, 0].tolist()  # None: read before
         for i, (piece, own) in enumerate(zip(pieces, cut.masks)):
