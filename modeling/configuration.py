@@ -15,6 +15,9 @@ class MemoryModelConfig(PreTrainedConfig):
     right name; the rest are kept, as transformers does, so that configs written by newer versions still load.
     """
 
+    # names that are no fields and that __post_init__ takes, with their types
+    further_names = {}  # type: ignore[var-annotated]  # an annotation would make it a field
+
     # fields that change neither the shape nor the meaning of a memory state
     memory_fingerprint_ignore = frozenset(
         {"use_cache", "dropout", "initializer_range", "output_router_logits", "tie_word_embeddings"}
@@ -27,7 +30,7 @@ class MemoryModelConfig(PreTrainedConfig):
             setattr(self, name, kwargs.pop(name))
 
     def __post_init__(self, **kwargs: Any) -> None:
-        known = {*self.own_fields(), *self.attribute_map}
+        known = {*self.own_fields(), *self.attribute_map, *self.further_names}
         inherited = set(PreTrainedConfig.__dataclass_fields__)
         for name in kwargs:
             if name in known or name in inherited or name.startswith("_"):

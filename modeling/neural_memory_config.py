@@ -1,6 +1,6 @@
 """The configuration fields of a neural memory, for the families that have one."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 
@@ -60,13 +60,16 @@ class NeuralMemoryConfig(MemoryModelConfig):
         "memory_detach_every",
     }
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self.attribute_map.get(name, name) == "memory_alpha":
+            value = [value, value] if isinstance(value, (float, int)) else list(value)
+        super().__setattr__(name, value)
+
     def complete_memory(self) -> None:
         """Fill in what follows from other fields."""
         self.memory_dim = self.memory_dim or self.hidden_size
         self.memory_num_heads = self.memory_num_heads or self.num_attention_heads
         self.memory_theta = min(self.memory_theta, self.memory_theta_max / 2)
-        alpha = self.memory_alpha
-        self.memory_alpha = [alpha, alpha] if isinstance(alpha, (float, int)) else list(alpha)
 
     def validate_memory(self) -> None:
         """Refuse a memory that cannot be built, before anything is."""

@@ -75,12 +75,18 @@ def neural_memory_statistics(
     - `weight_change`: ||W - W_0|| / (||W|| + ||W_0||) after the last token, of all matrices of a head, from 0 to 1.
     - `effective_rank` of W - W_0, exp of the entropy of its singular values (Roy & Vetterli 2007), and `capacity`, its
       share of the full rank.
+
+    Rows of pads alone do not count either. Raises ValueError where there is nothing else.
     """
+    if mask is not None and not mask.any():
+        raise ValueError("every token is a pad (the attention mask is 0 everywhere); there is nothing to tell of")
     per_token: dict[str, list[Tensor]] = {}
     per_head: dict[str, list[Tensor]] = {}
     for row in range(len(hidden_states)):
         real = slice(None) if mask is None else mask[row].bool()
         x, own = hidden_states[row, real][None], {name: value[row : row + 1] for name, value in state.items()}
+        if not x.shape[1]:
+            continue
         position = int(own["position"]) if "position" in own else 0
         sizes = [min(memory.chunk_size - position, x.shape[1])]
         sizes += [memory.chunk_size] * ((x.shape[1] - sizes[0]) // memory.chunk_size)

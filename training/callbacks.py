@@ -74,8 +74,10 @@ class MemoryStatistics(TrainerCallback):
         if not state.is_world_process_zero or is_sharded(model) or not hasattr(model, "get_memory_stats"):
             return
         ids = self.trainer.eval_dataset[0]["input_ids"][None].to(model.device)
+        pad = model.config.pad_token_id
+        mask = None if pad is None else ids != pad  # a task's rows are padded at their end
         was_training = model.training
-        layers = model.eval().get_memory_stats(ids)
+        layers = model.eval().get_memory_stats(ids, mask)
         model.train(was_training)
         stats = {f"memory/{i}/{name}": float(value) for i, layer in enumerate(layers) for name, value in layer.items()}
         if stats:

@@ -308,6 +308,7 @@ def parse_model(section: dict) -> dict:
     if "model_type" in section and hasattr(config_class, "from_preset"):
         own.append("preset")
     types = {f.name: f.type for f in fields(config_class) if f.init and not f.name.startswith("_")}
+    types |= getattr(config_class, "further_names", {})
     check_keys(section, [*own, *types, *config_class.attribute_map], "model.")
     return {
         key: check_type(f"model.{key}", value, types.get(config_class.attribute_map.get(key, key), Any))

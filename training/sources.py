@@ -50,7 +50,10 @@ class TextSource:
             load_parts(config.data) if config.data.streaming else load_documents(config.data)
         )
         if args.eval_strategy != "no" and not self.documents[1]:
-            raise ConfigError("data.eval_fraction: 0 holds nothing out; raise it, or set training.eval_strategy to no")
+            raise ConfigError(
+                f"data.eval_fraction: {config.data.eval_fraction:g} of this text holds nothing out; raise it, or set "
+                "training.eval_strategy to no"
+            )
 
     def tokenizer(self, resume: str | None) -> PreTrainedTokenizerBase:
         """The one of the checkpoint to go on from, the named one, or a BPE that the first process trains and saves."""

@@ -53,6 +53,7 @@ class NeuralMemoryTransformerConfig(NeuralMemoryConfig):
         "lmm_gradient_clip": "memory_clip",
         "lmm_update_loss_threshold": "memory_threshold",
     }
+    further_names = {"update_lmm_at_test_time": bool}
 
     vocab_size: int = 5000
     hidden_size: int = 512
@@ -78,9 +79,8 @@ class NeuralMemoryTransformerConfig(NeuralMemoryConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.take_mapped(kwargs)
-        at_test_time = kwargs.pop("update_lmm_at_test_time", None)  # the original's flag: True or False
-        if at_test_time is not None:
-            self.memory_update = "always" if at_test_time else "train"
+        if (at_test_time := kwargs.pop("update_lmm_at_test_time", None)) is not None:
+            self.update_lmm_at_test_time = at_test_time
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         self.complete_memory()
@@ -88,6 +88,15 @@ class NeuralMemoryTransformerConfig(NeuralMemoryConfig):
             kind = "full_attention" if self.sliding_window is None else "sliding_attention"
             self.layer_types = [kind] * self.num_hidden_layers
         super().__post_init__(**kwargs)
+
+    @property
+    def update_lmm_at_test_time(self) -> bool:
+        """The original's flag for `memory_update`: True is "always", False is "train"."""
+        return self.memory_update == "always"
+
+    @update_lmm_at_test_time.setter
+    def update_lmm_at_test_time(self, value: bool) -> None:
+        self.memory_update = "always" if value else "train"
 
     def validate_architecture(self) -> None:
         """Refuse what cannot be built, before anything is."""

@@ -1,10 +1,21 @@
 """Configuration of TitanMAC."""
 
-from typing import Any, Literal, cast
+import logging
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 
 from memzoo.modeling.neural_memory_config import NeuralMemoryConfig
+
+logger = logging.getLogger(__name__)
+
+_TRAINING = "the optimizer is chosen for a run, from memzoo.training.optim"
+# the original's fields that nothing here reads, and why
+_WITHOUT_COUNTERPART = {
+    "block_size": "windows are exact, not made of blocks",
+    "memory_eta_lr": "the bank keeps pairs as they are written and takes no steps",
+    **dict.fromkeys(("use_dmgd", "dmgd_hidden_dim", "dmgd_n_groups", "use_cms", "cms_frequencies"), _TRAINING),
+}
 
 
 @strict
@@ -21,6 +32,8 @@ class TitanMacConfig(NeuralMemoryConfig):
         num_persistent_tokens: learned keys and values of every layer, visible to every token.
         intermediate_size: hidden width of the feed-forward layer.
         num_key_value_heads: heads of keys and values in the attention; None is num_attention_heads.
+        max_position_embeddings: the longest text that `generate` and evaluation tools should give the model; None for
+            any. Positions are rotary, so no parameter depends on it.
         dropout: on the embedding, the attention weights and what every part adds to the residual stream.
         memory_segment_size: tokens of a segment, None is sliding_window. "mac" reads the memory as it was before the
             segment; the bank's pairs can be found from the next segment on.
@@ -50,6 +63,7 @@ class TitanMacConfig(NeuralMemoryConfig):
         "n_layers": "num_hidden_layers",
         "n_heads": "num_attention_heads",
         "d_ff": "intermediate_size",
+        "max_seq_len": "max_position_embeddings",
         "window_size": "sliding_window",
         "n_persistent": "num_persistent_tokens",
         "norm_eps": "rms_norm_eps",
@@ -64,6 +78,7 @@ class TitanMacConfig(NeuralMemoryConfig):
         "memory_capacity": "memory_bank_size",
         "memory_lambda_decay": "memory_bank_decay",
     }
+    further_names = {"memory_rank_ratio": float | int, **dict.fromkeys(_WITHOUT_COUNTERPART, Any)}
 
     vocab_size: int = 32000
     hidden_size: int = 640
@@ -74,6 +89,7 @@ class TitanMacConfig(NeuralMemoryConfig):
     titans_variant: Literal["mac", "mag", "mal", "MAC", "MAG", "MAL"] = "mac"
     sliding_window: int = 512
     num_persistent_tokens: int = 16
+    max_position_embeddings: int | None = None
     rope_theta: float | int = 10000.0
     dropout: float | int = 0.0
     rms_norm_eps: float = 1e-5
@@ -92,19 +108,31 @@ class TitanMacConfig(NeuralMemoryConfig):
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
 
+    memory_fingerprint_ignore = NeuralMemoryConfig.memory_fingerprint_ignore | {"max_position_embeddings"}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "titans_variant" and isinstance(value, str):
+            value = value.lower()  # the original writes MAC, MAG, MAL
+        super().__setattr__(name, value)
+
     def __post_init__(self, **kwargs: Any) -> None:
         self.take_mapped(kwargs)
-        self.titans_variant = cast(Any, self.titans_variant.lower())  # the original writes MAC, MAG, MAL
+        for name, reason in _WITHOUT_COUNTERPART.items():
+            if kwargs.pop(name, None):
+                logger.warning("TitanMacConfig reads no %s: %s", name, reason)
+        rank_ratio = kwargs.pop("memory_rank_ratio", 0.25)  # the original's width of the bank, in hidden sizes
         self.complete_memory()
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         if self.memory_segment_size is None:
             self.memory_segment_size = self.sliding_window
-        self.memory_bank_dim = self.memory_bank_dim or max(self.hidden_size // 4, 1)
+        if self.memory_bank_dim is None:
+            self.memory_bank_dim = max(int(rank_ratio * self.hidden_size), 1)
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
         """Refuse what cannot be built, before anything is."""
-        self.at_least_one("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+        optional = [name for name in ("max_position_embeddings",) if getattr(self, name) is not None]
+        self.at_least_one("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", *optional)
         self.at_least_one("num_key_value_heads", "intermediate_size", "sliding_window", "memory_segment_size")
         self.at_least_one("memory_bank_size", "memory_bank_dim", "memory_bank_top_k")
         self.divides(("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads"))

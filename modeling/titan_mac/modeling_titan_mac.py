@@ -115,6 +115,10 @@ class TitanMacPreTrainedModel(MemoryPreTrainedModel):
     _no_split_modules = ["TitanMacBlock"]
     _can_record_outputs = {"hidden_states": TitanMacBlock}
 
+    def __init__(self, config: TitanMacConfig) -> None:
+        config.validate_architecture()  # fields may have been set since it was made, by from_pretrained too
+        super().__init__(config)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, (NeuralMemory, CausalSelfAttention)):
@@ -179,7 +183,8 @@ class TitanMacForCausalLM(MemoryCausalLM, TitanMacPreTrainedModel, MemoryGenerat
                 x = torch.cat([output for _, output in calls[layer.memory_input]], 1)
                 y, _ = memory.eval()(x, {}, mask)
                 memory.train(self.training)
-                found["activation"] = masked_mean(y.norm(dim=-1) / x.norm(dim=-1), mask)
+                out, given = (masked_mean(z.norm(dim=-1), mask) for z in (y, x))
+                found["activation"] = out / max(given, 1e-12)  # of means: an unmasked pad's embedding is zero
                 found |= neural_memory_statistics(memory, x, {}, mask)
             if layer.bank is not None:
                 ((_, (_, state)),) = calls[layer.bank]

@@ -80,6 +80,15 @@ def test_a_fixed_memory_changes_nothing():
 
 
 @torch.no_grad()
+def test_rows_of_pads_alone_do_not_count():
+    memory, x = build(), torch.randn(2, T, D, dtype=torch.float64)
+    mask = torch.tensor([[True], [False]]).expand(2, T)
+    assert neural_memory_statistics(memory, x, {}, mask) == neural_memory_statistics(memory, x[:1], {})
+    with pytest.raises(ValueError, match="every token is a pad"):
+        neural_memory_statistics(memory, x, {}, mask & False)
+
+
+@torch.no_grad()
 def test_statistics_of_a_model():
     torch.manual_seed(0)
     sizes = {"vocab_size": 61, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -40,6 +40,10 @@ def test_names_of_the_original_are_accepted():
     assert (config.memory_depth, config.memory_clip, config.memory_threshold) == (3, 2.0, 0.1)
     assert config.memory_update == "train" and config.lmm_layers == 3
     assert NeuralMemoryTransformerConfig(update_lmm_at_test_time=True).memory_update == "always"
+    config.update_lmm_at_test_time = True
+    assert config.memory_update == "always" and config.update_lmm_at_test_time
+    config.update_lmm_at_test_time = False
+    assert "update_lmm_at_test_time" not in config.to_dict() and config.memory_update == "train"
     assert pickle.loads(pickle.dumps(config)).to_dict() == config.to_dict()
     model = NeuralMemoryTransformerForCausalLM(config)
     memory = model.model.layers[0].memory

@@ -1,6 +1,7 @@
 """A tokenizer trained on one's own text gives every string back, and the model that uses it fits it."""
 
 import shutil
+import time
 
 import pytest
 import torch
@@ -88,6 +89,14 @@ def test_the_vocabulary_has_the_size_that_was_asked_for(caplog):
 
 def test_the_same_text_gives_the_same_tokens():
     assert train_bpe([TEXT], 300).get_vocab() == train_bpe([TEXT], 300).get_vocab()
+
+
+@pytest.mark.parametrize("text", ["acgt" * 100_000, " " * 400_000, "x" + "中文" * 50_000])
+def test_a_text_without_words_is_learned_in_reasonable_time(text):
+    start = time.process_time()
+    tokenizer = train_bpe([text.encode()], 300)
+    assert time.process_time() - start < 10  # minutes, when a word of this length is not cut
+    assert tokenizer.decode(encode([text.encode()], tokenizer)[0]) == text
 
 
 def test_bits_per_byte_of_a_uniform_model_count_its_tokens(tokenizer):

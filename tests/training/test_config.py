@@ -6,8 +6,8 @@ import pytest
 import yaml
 from transformers import TrainingArguments
 
-from memzoo.training.config import ConfigError, DataConfig, load_config, parse_config
-from memzoo.training.trainer import training_arguments
+from memzoo.training.config import ConfigError, DataConfig, load_config, parse_config, parse_model
+from memzoo.training.trainer import build_model, training_arguments
 
 
 @pytest.fixture
@@ -99,6 +99,14 @@ def test_broken_files_are_refused(write, text, message):
 
 def test_other_names_of_model_fields_are_taken(write):
     assert write("model.d_model=24").model["d_model"] == 24
+    own = {"model_type": "neural_memory_transformer", "update_lmm_at_test_time": False}
+    run = parse_config({"model": own, "data": {"path": "texts"}, "training": {"output_dir": "out"}})
+    assert build_model(run, 264, 0).config.memory_update == "train"
+    own = {"model_type": "titan_mac", "num_hidden_layers": 1, "memory_rank_ratio": 0.5, "use_dmgd": False}
+    run = parse_config({"model": own, "data": {"path": "texts"}, "training": {"output_dir": "out"}})
+    assert build_model(run, 264, 0).config.memory_bank_dim == 320
+    with pytest.raises(ConfigError, match=r"model\.update_lmm_at_test_time: expected bool, got 'no'"):
+        parse_model({"model_type": "neural_memory_transformer", "update_lmm_at_test_time": "no"})
 
 
 def test_every_training_argument_is_taken(settings):

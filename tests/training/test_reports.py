@@ -1,9 +1,12 @@
 """What a run says of itself, in its own log and to TensorBoard and Weights & Biases."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+from torch.nn import functional as F
 
+from memzoo.training.callbacks import MemoryStatistics
 from memzoo.training.trainer import train
 
 FAMILIES = {
@@ -36,6 +39,16 @@ def test_speed_peak_memory_and_what_the_memory_does_are_in_the_log(settings, run
     numbers = [value for name, value in memory[0].items() if name.startswith("memory/")]
     assert len(numbers) > 2 and all(isinstance(value, float) for value in numbers)
     assert "sample at step 4 (" in capsys.readouterr().out
+
+
+def test_pads_do_not_count_in_the_statistics_of_the_memory(run_config):
+    """A task's rows are padded at their end, and have no mask."""
+    trainer, logs = train(run_config("maru", training={"max_steps": 4})), []
+    ids = trainer.eval_dataset[0]["input_ids"]
+    for row in (ids, F.pad(ids, (0, 9), value=trainer.model.config.pad_token_id)):
+        seen = SimpleNamespace(eval_dataset=[{"input_ids": row}], log=logs.append)
+        MemoryStatistics(seen).on_evaluate(trainer.args, trainer.state, None, model=trainer.model)
+    assert logs[1] == pytest.approx(logs[0], rel=1e-4)
 
 
 def test_tokens_per_second_count_what_was_read(run_config):

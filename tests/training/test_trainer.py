@@ -184,8 +184,10 @@ def test_a_checkpoint_cut_short_is_named(run_config, finished, tmp_path, name):
 
 
 def test_evaluation_without_a_held_out_text_is_refused(run_config):
-    with pytest.raises(ConfigError, match=r"data\.eval_fraction: 0 holds nothing out"):
+    with pytest.raises(ConfigError, match=r"data\.eval_fraction: 0 of this text holds nothing out"):
         train(run_config(data={"eval_fraction": 0.0}))
+    with pytest.raises(ConfigError, match=r"data\.eval_fraction: 1e-09 of this text holds nothing out"):
+        train(run_config(data={"eval_fraction": 1e-9}))
 
 
 def test_a_run_without_evaluation(run_config, tmp_path):

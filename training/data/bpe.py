@@ -9,6 +9,7 @@ so nothing is ever unknown, and every string of valid Unicode comes back exactly
 """
 
 import logging
+import re
 from collections.abc import Iterable, Iterator
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -19,6 +20,9 @@ from memzoo.training.config import ConfigError, check_bpe_size
 from memzoo.training.data.packing import encode
 
 logger = logging.getLogger(__name__)
+
+# Training costs the square of a word's length, so what has no end for so long is cut: DNA, base64, a line of blanks.
+_ENDLESS = re.compile(r"\S{2048}(?=\S)|\s{2048}(?=\s)")
 
 
 def train_bpe(documents: Iterable[bytes], vocab_size: int, min_frequency: int = 2) -> PreTrainedTokenizerFast:
@@ -78,8 +82,13 @@ def bytes_per_token(tokenizer: PreTrainedTokenizerFast, documents: Iterable[byte
 def _texts(documents: Iterable[bytes]) -> Iterator[str]:
     for content in documents:
         try:
-            yield content.decode("utf-8")
+            text = content.decode("utf-8")
         except UnicodeDecodeError as error:
             raise ConfigError(
                 f"tokenizer.type: a BPE reads UTF-8 and some text is not ({error}); re-encode it, or use bytes"
             ) from error
+        start = 0
+        for word in _ENDLESS.finditer(text):
+            yield text[start : word.end()]
+            start = word.end()
+        yield text[start:]

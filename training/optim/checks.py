@@ -14,6 +14,17 @@ def check_range(name: str, value: float, low: float, high: float = float("inf"))
         raise ValueError(f"{name} must be {limit}, got {value}")
 
 
+def check_members(group: dict[str, Any]) -> None:
+    """Raises ValueError if a parameter is in the group twice, which would be stepped twice; torch only warns."""
+    if not isinstance(group["params"], (Tensor, set)):  # torch refuses sets
+        group["params"] = list(group["params"])
+        seen: set[int] = set()
+        for i, p in enumerate(p[1] if isinstance(p, tuple) else p for p in group["params"]):
+            if id(p) in seen:
+                raise ValueError(f"parameter {i} of a group, of shape {tuple(p.shape)}, is in the group twice")
+            seen.add(id(p))
+
+
 def check_gradients(optimizer: Optimizer) -> None:
     """Raises before a step if a gradient is sparse, or its parameter complex or sharded."""
     for group in optimizer.param_groups:

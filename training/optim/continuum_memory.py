@@ -36,6 +36,8 @@ class ContinuumMemory(WrappedOptimizer):
     own_state = ("gradient_sum",)
 
     def __init__(self, params: Any, base: type[Optimizer] = AdamW, *, period: int = 1, **base_options: Any):
+        if isinstance(base, Optimizer):
+            raise TypeError(f"base is an instance of {type(base).__name__}; give the class, and its arguments by name")
         params = list(params)
         for group in params:
             if isinstance(group, dict):

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from memzoo.training.optim.checks import check_gradients, check_range, check_state_dict, kind, paired
+from memzoo.training.optim.checks import check_gradients, check_members, check_range, check_state_dict, kind, paired
 
 BLOCK = 1 << 15  # elements that go through the network at once: bounds its memory, fits a cache
 
@@ -71,6 +71,7 @@ class DeepMomentum(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         _check_group({**self.defaults, **param_group})
+        check_members(param_group)
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -90,7 +91,7 @@ class DeepMomentum(Optimizer):
         check_gradients(self)
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is not None:
+                if p.grad is not None and p.numel():
                     self._update(p, p.grad, group)
         return loss
 
@@ -193,6 +194,8 @@ def _direction(state: dict[str, Any], keys: Tensor, step: Tensor) -> Tensor:
 def _check_group(group: dict[str, Any]) -> None:
     for name in ("lr", "weight_decay", "eps", "hidden_size"):
         check_range(name, group[name], 0)
+    if not isinstance(group["hidden_size"], int):
+        raise ValueError(f"hidden_size must be a whole number of units, got {group['hidden_size']}")
     check_range("inner_lr", group["inner_lr"], 0, 2)
     check_range("inner_decay", group["inner_decay"], 0, 1)
     for name, values in (("momenta", group["momenta"]), ("beta2", [group["beta2"]])):

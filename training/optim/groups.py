@@ -14,6 +14,11 @@ def levels_by_name(model: nn.Module, levels: Mapping[str, int], default: int | N
     Those that no pattern names have period `default`. Raises ValueError, naming the parameter, where one is in two
     levels, in none while there is no default, and for a pattern that names nothing.
     """
+    for pattern in levels:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
     members: dict[str | None, list] = {pattern: [] for pattern in [*levels, None]}
     for name, p in trained_parameters(model):
         found = [pattern for pattern in levels if re.search(pattern, name)]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from memzoo.training.optim.checks import check_state_dict, kind, paired
+from memzoo.training.optim.checks import check_members, check_state_dict, kind, paired
 
 
 class WrappedOptimizer(Optimizer):
@@ -20,8 +20,13 @@ class WrappedOptimizer(Optimizer):
     own_state: tuple[str, ...] = ()
 
     def __init__(self, base: Optimizer, group_defaults: dict[str, Any]):
+        name = type(self).__name__
+        if not isinstance(base, Optimizer):
+            raise TypeError(f"{name} goes around an optimizer, such as AdamW(model.parameters()), not {base!r}")
         if isinstance(base, LBFGS):
-            raise TypeError(f"{type(self).__name__} cannot wrap LBFGS, which takes several steps inside of one")
+            raise TypeError(f"{name} cannot wrap LBFGS, which takes several steps inside of one")
+        if f"{name}(" in kind(base):  # both would keep what is theirs under the same names
+            raise TypeError(f"{name} cannot go around {kind(base)}: one of a kind is enough")
         self.base = base
         self.own: defaultdict[Tensor, dict[str, Tensor]] = defaultdict(dict)
         super().__init__(base.param_groups, {**base.defaults, **group_defaults})
@@ -33,6 +38,7 @@ class WrappedOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         own = {key: value for key, value in self.defaults.items() if key not in self.base.defaults}
         self.check_group({**own, **param_group})
+        check_members(param_group)
         if not any(group is param_group for group in self.base.param_groups):
             self.base.add_param_group(param_group)
         for key, value in own.items():

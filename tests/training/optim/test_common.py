@@ -60,6 +60,19 @@ def test_a_parameter_in_two_groups_is_refused_and_nothing_is_added(make, problem
         make([{"params": [p.model[0].weight]}, {"params": [p.model[0].weight]}])
 
 
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")  # of the base optimizer
+def test_a_parameter_twice_in_a_group_is_refused_and_nothing_is_added(make, problem):
+    p = problem()
+    optimizer = make([{"params": [p.model[0].weight]}])
+    with pytest.raises(ValueError, match=r"parameter 1 of a group, of shape \(12,\), is in the group twice"):
+        optimizer.add_param_group({"params": (q for q in [p.model[0].bias, p.model[0].bias])})
+    assert len(optimizer.param_groups) == 1
+    with pytest.raises(ValueError, match=r"parameter 2 of a group, of shape \(12, 6\), is in the group twice"):
+        make([*p.model[0].parameters(), p.model[0].weight])
+    with pytest.raises(ValueError, match="parameter 2"):
+        make([*p.model[0].named_parameters(), ("again", p.model[0].weight)])
+
+
 def test_a_closure_is_called_once_with_gradients(make, problem):
     p, plain = problem(), problem()
     optimizer, losses = make(two_groups(p.model)), []
@@ -86,6 +99,15 @@ def test_parameters_without_gradient_are_left_alone(make, problem):
     moved = [not torch.equal(x, y) for x, y in zip(before, p.weights())]
     assert moved == [False, False, True, True]
     assert not any(q in optimizer.state for q in p.model[0].parameters())
+
+
+def test_a_parameter_without_elements_is_left_alone(make):
+    weight, nothing = nn.Parameter(torch.ones(2)), nn.Parameter(torch.zeros(0, 3))
+    optimizer = make([weight, nothing])
+    for _ in range(6):
+        (weight.sum() + nothing.sum()).backward()
+        optimizer.step()
+    assert (weight < 1).all() and nothing.shape == (0, 3)
 
 
 def test_sparse_gradients_and_complex_parameters_are_refused_before_anything_moves(make):
@@ -124,6 +146,20 @@ def test_exports_are_lazy(monkeypatch):
         assert getattr(optim, name).__module__.startswith("memzoo.training.optim.")
     with pytest.raises(AttributeError, match="no attribute 'Adam'"):
         _ = optim.Adam
+
+
+def test_what_cannot_be_wrapped_is_refused(problem):
+    model = problem().model
+    with pytest.raises(TypeError, match="base is an instance of AdamW; give the class"):
+        ContinuumMemory(model.parameters(), AdamW(model.parameters()))
+    for base in (AdamW, model.parameters()):
+        with pytest.raises(TypeError, match="NestedController goes around an optimizer, such as AdamW"):
+            NestedController(base)
+    inside = NestedController(AdamW(model.parameters()))
+    with pytest.raises(TypeError, match=r"cannot go around NestedController\(AdamW\): one of a kind"):
+        NestedController(inside)
+    with pytest.raises(TypeError, match="one of a kind"):
+        ContinuumMemory(model.parameters(), ContinuumMemory)
 
 
 def test_bad_settings_are_refused():

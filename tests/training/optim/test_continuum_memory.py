@@ -111,6 +111,7 @@ def test_levels_by_name_cover_every_trained_parameter_once():
     [
         ({"embed": 8}, None, r"layers\.0\.memory\.weight is in no level; add a pattern for it, or a default period"),
         ({"layers": 2, "memory": 1}, 1, r"layers\.0\.memory\.weight is in two levels, 'layers' and 'memory'"),
+        ({"embed(": 2}, 1, r"'embed\(' is not a regular expression: missing \)"),
         ({"experts": 2}, 1, "no parameter's name matches 'experts'; names look like 'embed.weight'"),
     ],
 )
