@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from memzoo.kernels.neural_memory import neural_memory
-from memzoo.kernels.neural_memory.fused import SEGMENT, block_size
+from memzoo.kernels.neural_memory.arguments import SEGMENT, block_size
 from memzoo.modeling.neural_memory import NeuralMemory
 
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 SERIAL_WORK = 1 << 18  # below so many state updates (about 0.1 ms) a second thread costs more than it brings
+REGION_WORK = 1 << 14  # the same where compiled code begins the region
 _BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
@@ -62,6 +63,20 @@ def run_tasks(kernel: Callable[..., None], arguments: tuple[Any, ...], tasks: in
             other.result()
     else:
         _region(openmp, share, torch.get_num_threads())
+
+
+def run_parts(kernel: Callable[..., None], region: Callable[..., None], arguments: tuple[Any, ...], work: int) -> None:
+    """Call kernel(part, parts, *arguments) for every part, on torch's number of threads, begun by compiled code.
+
+    `region` is a compiled function of (threads, arguments) that calls `regions.run(kernel, threads, arguments)`.
+    """
+    threads = torch.get_num_threads() if work > REGION_WORK else 1
+    if threads == 1:
+        kernel(0, 1, *arguments)
+    elif _openmp() is not None:
+        region(threads, arguments)
+    else:
+        run_tasks(lambda part, _: kernel(part, threads, *arguments), (), threads, SERIAL_WORK + work)
 
 
 def _region(openmp: _OpenMP, share: Callable[[int, int], None], threads: int) -> None:

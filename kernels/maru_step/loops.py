@@ -24,10 +24,10 @@ def step(mixer, cell, others, inputs, outputs, eps, top_k, shared, decay, cap):
     projected, logits, biases = (
         np.empty((B, 1, len(x_bias)), x.dtype), np.empty((B, 1, Kr), x.dtype), np.empty((B, 1, Kr), x.dtype),
     )  # fmt: skip
-    norm(x, mixer_norm, eps, normed, inverse, 1, 0, 1)
+    norm(0, 1, x, mixer_norm, eps, normed, inverse)
     mixer_step(mixer, normed, conv, ssm, y, new_conv, new_ssm)
     y += x
-    norm(y, cell_norm, eps, normed, inverse, 1, 0, 1)
+    norm(0, 1, y, cell_norm, eps, normed, inverse)
     for b in range(B):
         biases[b, 0] = bias
         linear(projected[b, 0], x_proj, x_bias, normed[b])

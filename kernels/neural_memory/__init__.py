@@ -4,6 +4,7 @@
 CPU where numba is installed, `chunked.py` everywhere else, `step.py` one token.
 """
 
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from memzoo.kernels.neural_memory.chunked import neural_memory_chunked
 from memzoo.kernels.neural_memory.layout import to_chunks, to_tokens
 from memzoo.kernels.neural_memory.reference import neural_memory as reference
 from memzoo.kernels.neural_memory.step import neural_memory_read, neural_memory_step
+from memzoo.kernels.neural_memory.step_fused import neural_memory_step_fused
 
 __all__ = ["MemoryState", "neural_memory", "neural_memory_read", "reference"]
 
@@ -85,39 +87,53 @@ def neural_memory(
         raise ValueError(f"neural_memory: detach_every must be at least 1, not {detach_every}")
     B, H, T, _ = q.shape
     dtype = torch.promote_types(v.dtype, torch.float32)
-    W = [x.to(dtype) for x in weights]
-    S = [torch.zeros_like(x) for x in W] if momentum is None else [x.to(dtype) for x in momentum]
-    first = W if start is None else [x.to(dtype) for x in start]
+    tokens, gates, W = _as(dtype, (q, k, v)), _as(dtype, (alpha, eta, theta)), _as(dtype, weights)
+    S = [torch.zeros_like(x) for x in W] if momentum is None else _as(dtype, momentum)
+    first = None if start is None else _as(dtype, start)
     if mask is not None:
         mask = mask.bool()
     options = (clip, threshold, activation, residual, read_own_write)
-    with torch.autocast(q.device.type, enabled=False):
-        tokens = [x.to(dtype) for x in (q, k, v)]
-        gates = [x.to(dtype) for x in (alpha, eta, theta)]
-        at = torch.zeros(B, dtype=torch.int64, device=q.device) if position is None else position
-        after = at + (T if mask is None else mask.sum(1))
-        on_cpu = q.device.type == "cpu" and fused.is_available()
-        if T == 1 and on_cpu and not torch.compiler.is_compiling() and not _with_grad(*tokens, *gates, *W, *S, *first):
-            rule = (*options, None, normalize)
-            y, W, S = fused.neural_memory_step_fused(tokens, gates, W, S, first, mask, rule)
-            state = [W, S, _refresh(first, W, after == chunk_size)]
-        elif T > 1 and on_cpu:
-            y, *state = fused.neural_memory_fused(
-                tokens, gates, W, S, first, chunk_size, mask, position, (*options, detach_every, normalize)
+    if q.device.type == "cpu" and fused.is_available():
+        if T > 1:
+            rule = (*options, detach_every, normalize)
+            y, *state = fused.neural_memory_fused(tokens, gates, W, S, first, chunk_size, mask, position, rule)
+            position = _after(position, mask, B, T) % chunk_size
+            return y.to(v.dtype), MemoryState(*state, position)
+        if not torch.compiler.is_compiling() and not _with_grad(*tokens, *gates, *W, *S, *(first or [])):
+            state, rule = (W, S, first or W), (*options, None, normalize)
+            y, *after, filled, full = neural_memory_step_fused(
+                [*tokens, *gates], *state, chunk_size, mask, position, rule
             )
+            start = _refresh(state[2], after[0], filled == chunk_size) if full else state[2]
+            return y.to(v.dtype), MemoryState(*after, start, filled % chunk_size if full else filled)
+    with torch.autocast(q.device.type, enabled=False):
+        first = W if first is None else first
+        at = torch.zeros(B, dtype=torch.int64, device=q.device) if position is None else position
+        after = _after(at, mask, B, T)
+        if normalize:
+            tokens[:2] = (F.normalize(x, dim=-1) for x in tokens[:2])
+        gates[0] = 1 - gates[0]  # what is kept
+        W, S, first = ([x.flatten(0, 1) for x in xs] for xs in (W, S, first))
+        if T == 1:
+            y, W, S = _step(tokens, gates, mask, W, S, first, options)
+            state = [W, S, _refresh(first, W, after == chunk_size)]
         else:
-            if normalize:
-                tokens[:2] = (F.normalize(x, dim=-1) for x in tokens[:2])
-            gates[0] = 1 - gates[0]  # what is kept
-            W, S, first = ([x.flatten(0, 1) for x in xs] for xs in (W, S, first))
-            if T == 1:
-                y, W, S = _step(tokens, gates, mask, W, S, first, options)
-                state = [W, S, _refresh(first, W, after == chunk_size)]
-            else:
-                shift = None if mask is None and position is None else at
-                y, state = _chunked(tokens, gates, W, S, first, chunk_size, mask, shift, after, options, detach_every)
-            state = [[x.unflatten(0, (B, H)) for x in xs] for xs in state]
+            shift = None if mask is None and position is None else at
+            y, state = _chunked(tokens, gates, W, S, first, chunk_size, mask, shift, after, options, detach_every)
+        state = [[x.unflatten(0, (B, H)) for x in xs] for xs in state]
     return y.to(v.dtype), MemoryState(*state, after % chunk_size)
+
+
+def _as(dtype: torch.dtype, tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [x if x.dtype == dtype else x.to(dtype) for x in tensors]
+
+
+def _after(position: Tensor | None, mask: Tensor | None, B: int, T: int) -> Tensor:
+    """Tokens since each row's first chunk began."""
+    if mask is None:
+        return torch.full((B,), T) if position is None else position + T
+    real = mask.sum(1)
+    return real if position is None else position + real
 
 
 def _with_grad(*tensors: Tensor) -> bool:

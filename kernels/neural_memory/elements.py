@@ -1,7 +1,8 @@
 """What the compiled loops do element by element: activations with two derivatives, norms and factors.
 
-Features are rows and tokens are columns, [d, n]; `kind` is 0 for silu and 1 for gelu. Numba's cache on disk does not
-notice a change here or in `kernels/tiles.py`: touch the files of the loops after one.
+Features are rows and tokens are columns, [d, n]; `kind` is 0 for silu and 1 for gelu. Numba's cache on disk knows a
+loop by the contents of its own file and does not notice a change here or in another file that it imports: delete
+__pycache__/*.nb* after one.
 """
 
 import math
@@ -108,6 +109,31 @@ def square_norms(x, out):
 
 
 @njit(fastmath=FAST, **UNCOUNTED)
+def add_column_dots(x, y, out):
+    """out += x' y, column by column. A loop that wrote several such sums would have too many arrays for LLVM to see
+    that none overlap, and stay scalar: so one thing at a time, here and below."""
+    for f in range(x.shape[0]):
+        for t in range(x.shape[1]):
+            out[t] += x[f, t] * y[f, t]
+
+
+@njit(fastmath=FAST, **UNCOUNTED)
+def mix_columns(x, a, y, b):
+    """x = a x + b y, a factor for every column."""
+    for f in range(x.shape[0]):
+        for t in range(x.shape[1]):
+            x[f, t] = a[t] * x[f, t] + b[t] * y[f, t]
+
+
+@njit(fastmath=FAST, **UNCOUNTED)
+def add_columns(x, a, y, b, out):
+    """out += a x + b y, a factor for every column."""
+    for f in range(x.shape[0]):
+        for t in range(x.shape[1]):
+            out[f, t] += a[t] * x[f, t] + b[t] * y[f, t]
+
+
+@njit(fastmath=FAST, **UNCOUNTED)
 def scale_columns(x, factors, out):
     for f in range(x.shape[0]):
         for t in range(x.shape[1]):
@@ -123,7 +149,7 @@ def multiply(x, y, out):
 
 @njit(fastmath=FAST, **UNCOUNTED)
 def copy(x, out):
-    """Assigning an array to an array would allocate."""
-    for f in range(x.shape[0]):
-        for t in range(x.shape[1]):
+    """out = x, the part that both have. Assigning an array to an array would allocate."""
+    for f in range(min(x.shape[0], out.shape[0])):
+        for t in range(min(x.shape[1], out.shape[1])):
             out[f, t] = x[f, t]

@@ -1,21 +1,27 @@
-"""What goes into the loops of the neural memory and comes out of them: rows of tokens, and flat states.
+"""What goes into the loops of the neural memory and comes out of them: rows of tokens, and states.
 
-A token's part of a head is one row of d contiguous numbers, far from the next token's.
+A token's part of a head is one row of d contiguous numbers, far from the next token's. `places` says where tensors
+are: the address and the strides of each, as in `arguments.py`.
 """
 
 import numpy as np
 from numba import njit
 
+from memzoo.kernels.addresses import flat
 from memzoo.kernels.neural_memory.elements import UNCOUNTED
 from memzoo.kernels.selective_scan.fused_kernels import FAST, OPTIONS
 from memzoo.kernels.tiles import prefetch
 
 
 @njit(**OPTIONS)
-def aligned(like, rows, columns):
-    """Zeros [rows, columns] from a multiple of 64 bytes on: vectors then never straddle two cache lines."""
+def aligned(like, rows, columns, rule):
+    """Numbers [rows, columns] from a multiple of 64 bytes on: vectors then never straddle two cache lines.
+
+    Zeros where the rule has paddings, which have to be: else whatever is read was written before."""
     size = rows * columns
-    raw = np.zeros(size + 64 // like.itemsize, like.dtype)
+    raw = np.empty(size + 64 // like.itemsize, like.dtype)
+    if rule.padded:
+        raw[:] = 0
     first = (-raw.ctypes.data % 64) // like.itemsize
     return raw[first : first + size]
 
@@ -32,10 +38,10 @@ def real_tokens(mask, b, index):
 
 
 @njit(**UNCOUNTED)
-def pick(x, index, out):
-    """out[i] = x[index[i]]."""
+def pick(x, strides, b, h, index, out):
+    """out[i] = x[b, index[i], h]."""
     for i in range(len(index)):
-        out[i] = x[index[i]]
+        out[i] = x[b * strides[0] + index[i] * strides[1] + h * strides[2]]
 
 
 @njit(**UNCOUNTED)
@@ -105,30 +111,65 @@ def add(rows, factor, out):
 
 
 @njit(**UNCOUNTED)
-def load_state(flat, state, keep, rule):
-    """state [L, 2, P, P + PAD] = keep state + flat [2 or 1, size]; without S in flat only W."""
-    at = 0
-    for l in range(len(rule.widths) - 1):
-        out, width = rule.widths[l + 1], rule.widths[l]
-        for part in range(flat.shape[0]):
-            for o in range(out):
-                row, new = state[l, part, o], flat[part, at + o * width : at + (o + 1) * width]
-                for i in range(width):
-                    row[i] = keep * row[i] + new[i]
-        at += out * width
+def load_matrix(x, more, rule, l, state):
+    """The real part of state [P, P + PAD] = x, or += x if more."""
+    width = rule.widths[l]
+    for o in range(rule.widths[l + 1]):
+        row, new = state[o], x[o * width : (o + 1) * width]
+        for i in range(width):
+            row[i] = row[i] + new[i] if more else new[i]
 
 
 @njit(**UNCOUNTED)
-def store_state(state, flat, rule):
+def store_matrix(state, rule, l, x):
+    width = rule.widths[l]
+    for o in range(rule.widths[l + 1]):
+        row, to = state[o], x[o * width : (o + 1) * width]
+        for i in range(width):
+            to[i] = row[i]
+
+
+@njit(**UNCOUNTED)
+def load_state(places, b, h, more, rule, state):
+    """state [L, 2, P, P + PAD] from matrices at places [2, L, 3], W and S, or only W; 0 where there is no address."""
+    for part in range(places.shape[0]):
+        for l in range(places.shape[1]):
+            there = places[part, l]
+            if there[0] != 0:
+                at = b * there[1] + h * there[2]
+                load_matrix(flat(there[0], rule.tiny)[at:], more, rule, l, state[l, part])
+            elif not more:
+                state[l, part] = 0
+
+
+@njit(**UNCOUNTED)
+def store_state(state, places, b, h, rule):
+    """The inverse, without addition; what has no address is dropped."""
+    for part in range(places.shape[0]):
+        for l in range(places.shape[1]):
+            there = places[part, l]
+            if there[0] != 0:
+                at = b * there[1] + h * there[2]
+                store_matrix(state[l, part], rule, l, flat(there[0], rule.tiny)[at:])
+
+
+@njit(**UNCOUNTED)
+def recall_state(kept, rule, state):
+    """A state from kept [2, size], where its matrices lie one after the other."""
     at = 0
     for l in range(len(rule.widths) - 1):
-        out, width = rule.widths[l + 1], rule.widths[l]
-        for part in range(flat.shape[0]):
-            for o in range(out):
-                row, to = state[l, part, o], flat[part, at + o * width : at + (o + 1) * width]
-                for i in range(width):
-                    to[i] = row[i]
-        at += out * width
+        for part in range(2):
+            load_matrix(kept[part, at:], False, rule, l, state[l, part])
+        at += rule.widths[l] * rule.widths[l + 1]
+
+
+@njit(**UNCOUNTED)
+def keep_state(state, rule, kept):
+    at = 0
+    for l in range(len(rule.widths) - 1):
+        for part in range(2):
+            store_matrix(state[l, part], rule, l, kept[part, at:])
+        at += rule.widths[l] * rule.widths[l + 1]
 
 
 @njit(fastmath=FAST, **UNCOUNTED)

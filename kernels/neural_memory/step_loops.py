@@ -3,7 +3,10 @@
 import numpy as np
 from numba import njit
 
-from memzoo.kernels.neural_memory.elements import activate, differentiate
+from memzoo.kernels.addresses import flat
+from memzoo.kernels.denormals import FLUSH, rounding_mode, set_rounding_mode
+from memzoo.kernels.neural_memory.elements import activate, copy, differentiate
+from memzoo.kernels.regions import run
 from memzoo.kernels.selective_scan.fused_kernels import FAST, OPTIONS
 
 
@@ -43,41 +46,64 @@ def _write(W, S, h, delta, x, keep, eta, step, own_write, W_after, S_after, out)
         out[o] = total
 
 
+@njit(**OPTIONS)
+def _matrix(place, b, head, rule, l):
+    """The matrix of layer l at `place`, an address and strides over B and H."""
+    out, width, at = rule.widths[l + 1], rule.widths[l], b * place[1] + head * place[2]
+    return flat(place[0], rule.tiny)[at : at + out * width].reshape((out, width))
+
+
+@njit(**OPTIONS)
+def _row(place, b, head, rule, d):
+    """d numbers of the only token at `place`, an address and strides over B, T and H."""
+    at = b * place[1] + head * place[3]
+    return flat(place[0], rule.tiny)[at : at + d]
+
+
 @njit(fastmath=FAST, **OPTIONS)
-def step(q, k, v, gates, mask, W, S, start, rule, y, W_after, S_after, first, last):
-    """q, k, v, y [B, H, d]; gates [3, B, H]; mask [B] or empty; tuples of matrices [B, H, out, in] per layer."""
-    H, dk, dv, L = q.shape[1], q.shape[2], v.shape[2], len(W)
-    wide = max(dk, dv)
-    for l in range(L):
-        wide = max(wide, W[l].shape[2])
-    h, delta = np.empty((L + 1, wide), q.dtype), np.empty((L, wide), q.dtype)
-    hidden = np.empty((3, L, 1, wide), q.dtype)
+def step(part, parts, places, matrices, mask, shape, rule):
+    """One of `parts` equal parts of the heads of all rows. shape: B, H.
+
+    places [7, 4]: q, k, v, alpha, eta, theta and y; matrices [5, L, 3]: W, S and start, W and S after the token;
+    strides as in `walk.py`. mask [B, 1] or empty."""
+    H, L, dk, dv = shape[1], len(rule.widths) - 1, rule.widths[0], rule.widths[-1]
+    like, wide = flat(places[0, 0], rule.tiny), rule.widths.max()
+    h, delta = np.empty((L + 1, wide), like.dtype), np.empty((L, wide), like.dtype)
+    hidden = np.empty((3, L, 1, wide), like.dtype)
     z, slope, bend = hidden[0], hidden[1], hidden[2]
-    x, out = np.empty((1, wide), q.dtype), np.empty((1, wide), q.dtype)
-    one, least = q.dtype.type(1), q.dtype.type(1e-12)
-    for task in range(first, last):
+    x, out = np.empty((1, wide), like.dtype), np.empty((1, wide), like.dtype)
+    zero, one, least = like.dtype.type(0), like.dtype.type(1), like.dtype.type(1e-12)
+    mode = rounding_mode()
+    set_rounding_mode(mode | FLUSH)
+    for task in range(shape[0] * H * part // parts, shape[0] * H * (part + 1) // parts):
         b, head = task // H, task % H
-        if mask.shape[0] > 0 and not mask[b]:
-            y[b, head] = 0
+        y = _row(places[6], b, head, rule, dv)
+        if mask.shape[0] > 0 and not mask[b, 0]:
+            y[:] = 0
             for l in range(L):
-                W_after[l][b, head], S_after[l][b, head] = W[l][b, head], S[l][b, head]
+                for part in range(2):
+                    before = _matrix(matrices[part, l], b, head, rule, l)
+                    copy(before, _matrix(matrices[3 + part, l], b, head, rule, l))
             continue
-        query, key, value = q[b, head], k[b, head], v[b, head]
+        query, key, value = (
+            _row(places[0], b, head, rule, dk),
+            _row(places[1], b, head, rule, dk),
+            _row(places[2], b, head, rule, dv),
+        )
         _copy(query, one / max(np.sqrt(_square(query)), least) if rule.normalize else one, x[0])
         _copy(key, one / max(np.sqrt(_square(key)), least) if rule.normalize else one, h[0])
         for i in range(dv):
-            y[b, head, i] = x[0, i] if rule.residual else q.dtype.type(0)
+            y[i] = x[0, i] if rule.residual else zero
         for l in range(L):
-            matrix = start[l][b, head]
-            d = matrix.shape[0]
-            _apply(matrix, h[l], z[l, 0])
+            d = rule.widths[l + 1]
+            _apply(_matrix(matrices[2, l], b, head, rule, l), h[l], z[l, 0])
             if l < L - 1:
                 differentiate(rule.kind, z[l, :, :d], h[l + 1 : l + 2], slope[l], bend[l])
         error = delta[L - 1, :dv]
         for i in range(dv):
-            error[i] = z[L - 1, 0, i] - value[i] + (h[0, i] if rule.residual else q.dtype.type(0))
+            error[i] = z[L - 1, 0, i] - value[i] + (h[0, i] if rule.residual else zero)
         for l in range(L - 1, 0, -1):
-            matrix = start[l][b, head]
+            matrix = _matrix(matrices[2, l], b, head, rule, l)
             d = matrix.shape[1]
             delta[l - 1, :d] = 0
             for o in range(matrix.shape[0]):
@@ -85,23 +111,40 @@ def step(q, k, v, gates, mask, W, S, start, rule, y, W_after, S_after, first, la
                     delta[l - 1, i] += delta[l, o] * matrix[o, i]
             for i in range(d):
                 delta[l - 1, i] *= slope[l - 1, 0, i]
-        size = gates[2, b, head]
+        keep, eta = one - _row(places[3], b, head, rule, 1)[0], _row(places[4], b, head, rule, 1)[0]
+        size = _row(places[5], b, head, rule, 1)[0]
         if rule.clip > 0:
-            square = q.dtype.type(0)
+            square = zero
             for l in range(L):
-                out_width, width = start[l].shape[2:]
-                square += _square(delta[l, :out_width]) * _square(h[l, :width])
+                square += _square(delta[l, : rule.widths[l + 1]]) * _square(h[l, : rule.widths[l]])
             if square > rule.clip * rule.clip:
                 size *= rule.clip / np.sqrt(square)
         if rule.threshold > 0 and _square(error) < rule.threshold:
-            size = q.dtype.type(0)
-        keep, eta = gates[0, b, head], gates[1, b, head]
+            size = zero
         for l in range(L):
             _write(
-                W[l][b, head], S[l][b, head], h[l], delta[l], x[0], keep, eta, size, rule.own_write,
-                W_after[l][b, head], S_after[l][b, head], out[0],
+                _matrix(matrices[0, l], b, head, rule, l), _matrix(matrices[1, l], b, head, rule, l), h[l], delta[l],
+                x[0], keep, eta, size, rule.own_write, _matrix(matrices[3, l], b, head, rule, l),
+                _matrix(matrices[4, l], b, head, rule, l), out[0],
             )  # fmt: skip
             if l < L - 1:
-                activate(rule.kind, out[:, : W[l].shape[2]], x)
+                activate(rule.kind, out[:, : rule.widths[l + 1]], x)
         for i in range(dv):
-            y[b, head, i] += out[0, i]
+            y[i] += out[0, i]
+    set_rounding_mode(mode)
+
+
+@njit(**OPTIONS)
+def step_all(threads, arguments, position, after):
+    """All heads of all rows; `after` becomes the tokens in the chunk. Returns how many rows filled theirs."""
+    mask, shape, rule = arguments[2:]
+    if threads > 1:
+        run(step, threads, arguments)
+    else:
+        step(0, 1, *arguments)
+    full = 0
+    for b in range(shape[0]):
+        at = position[b] + (1 if mask.shape[0] == 0 or mask[b, 0] else 0)
+        full += at == rule.chunk
+        after[b] = at
+    return full

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from memzoo.kernels.selective_scan.fused import is_available
-from memzoo.kernels.threads import run_tasks
+from memzoo.kernels.threads import run_parts
 
-TASKS = 16
+TASKS = 16  # blocks of rows: each sums its own gradient of the weight
 
 
 @functools.cache
@@ -39,8 +39,8 @@ def _forward(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tens
     rows = _rows(x)
     y, inverse = torch.empty_like(rows), rows.new_empty(len(rows))
     factors = rows.new_ones(rows.shape[1]) if weight is None else weight.detach().contiguous()
-    arguments = (rows.numpy(), factors.numpy(), eps, y.numpy(), inverse.numpy())
-    run_tasks(_loops().forward, (*arguments, TASKS), TASKS, 2 * rows.numel())
+    loops, arguments = _loops(), (rows.numpy(), factors.numpy(), eps, y.numpy(), inverse.numpy())
+    run_parts(loops.forward, loops.forward_region, arguments, rows.numel() // 8)
     return y.view(x.shape), inverse
 
 
@@ -56,8 +56,8 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, inverse = ctx.saved_tensors
         rows = _rows(x)
-        d_rows, d_weight = torch.empty_like(rows), rows.new_zeros(TASKS, rows.shape[1])
+        d_rows, d_weight = torch.empty_like(rows), rows.new_empty(TASKS, rows.shape[1])
         factors = rows.new_ones(rows.shape[1]) if weight is None else weight.detach().contiguous()
-        arguments = [v.numpy() for v in (_rows(grad), rows, factors, inverse, d_rows, d_weight)]
-        run_tasks(_loops().backward, (*arguments, TASKS), TASKS, 4 * rows.numel())
+        loops, tensors = _loops(), (_rows(grad), rows, factors, inverse, d_rows, d_weight)
+        run_parts(loops.backward, loops.backward_region, tuple(v.numpy() for v in tensors), rows.numel() // 4)
         return d_rows.view(x.shape), None if weight is None else d_weight.sum(0), None

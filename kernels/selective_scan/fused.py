@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from memzoo.kernels.selective_scan.common import CHUNK, ScanGradients, ScanInputs
-from memzoo.kernels.threads import run_tasks
+from memzoo.kernels.threads import run_parts, run_tasks
 
 
 @torch.compiler.assume_constant_result
@@ -143,19 +143,24 @@ def step(
     return y, new_state
 
 
-def _prepare_conv(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor, *more: Tensor) -> tuple:
-    """Flat sequences (x, *more), then tail, strides, weight [W, I] and bias as arrays."""
-    arrays, strides = zip(*[_flat(v) for v in (x, *more)])
-    bias = x.new_zeros(x.shape[1]) if bias is None else bias
-    tail, weight, bias = (v.detach().contiguous().numpy() for v in (tail, weight.t(), bias))
-    return (*arrays, tail, np.array(strides), weight, bias)
+def _conv_inputs(*inputs: Tensor) -> list[Tensor]:
+    """[B, I, T] with contiguous channels: in place where they are."""
+    return [x if x.stride(1) == 1 else x.mT.contiguous().mT for x in inputs]
+
+
+def _conv_places(inputs: list[Tensor], *more: Tensor | None) -> tuple:
+    """Addresses, which cost less to hand over than arrays do: inputs with their strides over batch and time."""
+    places = [0 if x is None else x.data_ptr() for x in more]
+    tail, weights = places[0], tuple(places[1:])
+    return (*((x.data_ptr(), x.stride(0), x.stride(2)) for x in inputs), tail, weights)
 
 
 def conv_forward(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor, use_silu: bool) -> Tensor:
     batch, channels, time = x.shape
-    y = x.new_empty(batch, time, channels)
-    arguments = (*_prepare_conv(x, weight, bias, tail), y.numpy(), use_silu)
-    run_tasks(_conv_kernels().forward, arguments, batch * -(-channels // _kernels().BLOCK), 4 * x.numel())
+    kernels, y = _conv_kernels(), x.new_empty(batch, time, channels)
+    inputs, given = _conv_inputs(x), [None if v is None else v.contiguous() for v in (tail, weight, bias)]
+    arguments = (*_conv_places(inputs, *given), tuple(range(weight.shape[1])), y.numpy(), use_silu)
+    run_parts(kernels.forward, kernels.forward_region, arguments, x.numel())
     return y.transpose(1, 2)
 
 
@@ -171,9 +176,12 @@ def conv_step(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor, use_
 def conv_backward(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor, grad_y: Tensor, use_silu: bool):
     """Gradients of x, weight, bias (None if absent) and tail."""
     batch, channels, time = x.shape
-    grad_x, grad_tail = x.new_empty(batch, time, channels), x.new_empty(tail.shape)
-    grad_weight, grad_bias = x.new_empty(batch, weight.shape[1], channels), x.new_empty(batch, channels)
-    outputs = (v.numpy() for v in (grad_x, grad_tail, grad_weight, grad_bias))
-    arguments = (*_prepare_conv(x, weight, bias, tail, grad_y), *outputs, use_silu)
-    run_tasks(_conv_kernels().backward, arguments, batch * -(-channels // _kernels().BLOCK), 8 * x.numel())
-    return grad_x.transpose(1, 2), grad_weight.sum(0).t(), None if bias is None else grad_bias.sum(0), grad_tail
+    kernels, inputs = _conv_kernels(), _conv_inputs(x, grad_y)
+    given = [None if v is None else v.contiguous() for v in (tail, weight, bias)]
+    grad_x = x.new_empty(batch, time, channels)
+    outputs = [grad_x, *(x.new_empty(shape) for shape in (tail.shape, weight.shape, channels))]
+    arrays = (v.numpy() for v in outputs)
+    arguments = (*_conv_places(inputs, *given), tuple(range(weight.shape[1])), *arrays, use_silu)
+    run_parts(kernels.backward, kernels.backward_region, arguments, 2 * x.numel())
+    _, grad_tail, grad_weight, grad_bias = outputs
+    return grad_x.transpose(1, 2), grad_weight, None if bias is None else grad_bias, grad_tail

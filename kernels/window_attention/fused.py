@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from memzoo.kernels.selective_scan.fused import is_available
-from memzoo.kernels.threads import run_tasks
+from memzoo.kernels.threads import run_parts
 
 
 @functools.cache
@@ -25,19 +25,19 @@ def fits(q: Tensor) -> bool:
     return q.device.type == "cpu" and known and q.shape[1] > 1 and is_available()
 
 
-def _flat(x: Tensor) -> tuple[np.ndarray, tuple[int, ...]]:
-    """[B, T, H, d] in place where d is contiguous, and the strides of B, T and H."""
-    x = x.detach()
-    if x.stride(3) != 1:
-        x = x.contiguous()
-    span = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride()))
-    return x.as_strided((span if x.numel() else 0,), (1,)).numpy(), x.stride()[:3]
+def _rows(*tensors: Tensor) -> list[Tensor]:
+    """[B, T, H, d] with d contiguous: in place where it is."""
+    return [x if x.stride(3) == 1 else x.contiguous() for x in tensors]
 
 
-def _inputs(q, k, v, prefix_k, prefix_v, first, window: int, per: int, scale: float):
-    xs, strides = zip(*map(_flat, (q, k, v, prefix_k, prefix_v)))
-    window, real = min(window, k.shape[1] // per), xs[0].dtype.type
-    return _loops().Inputs(*xs, np.array(strides), first.numpy(), window, per, prefix_k.shape[1], real(scale))
+def _places(rows: list[Tensor]) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """Addresses, which cost less to hand over than arrays do, and strides of B, T and H."""
+    return tuple(x.data_ptr() for x in rows), tuple(x.stride()[:3] for x in rows)
+
+
+def _options(first: Tensor, window: int, per: int, scale: float, q: Tensor, k: Tensor, prefix_k: Tensor) -> tuple:
+    real = np.float32 if q.dtype == torch.float32 else np.float64
+    return first.numpy(), min(window, k.shape[1] // per), per, prefix_k.shape[1], real(scale)
 
 
 def _work(q: Tensor, k: Tensor, window: int, per: int) -> int:
@@ -47,10 +47,10 @@ def _work(q: Tensor, k: Tensor, window: int, per: int) -> int:
 def _forward(q, k, v, prefix_k, prefix_v, first, window, per, scale) -> tuple[Tensor, Tensor]:
     B, T, H, _ = q.shape
     y, sums = torch.empty(q.shape, dtype=q.dtype), torch.empty(B, H, T, dtype=q.dtype)
-    inputs = _inputs(q, k, v, prefix_k, prefix_v, first, window, per, scale)
-    heads, spans = k.shape[2], -(-T // _loops().SPAN)
-    arguments = (inputs, heads, y.numpy(), sums.numpy(), T, k.shape[1], spans)
-    run_tasks(_loops().forward, arguments, B * heads * spans, _work(q, k, window, per))
+    rows, loops = _rows(q, k, v, prefix_k, prefix_v), _loops()
+    options, sizes = _options(first, window, per, scale, q, k, prefix_k), (k.shape[2], k.shape[1])
+    arguments = (*_places(rows), options, sizes, y.numpy(), sums.numpy())
+    run_parts(loops.forward, loops.forward_region, arguments, _work(q, k, window, per))
     return y, sums
 
 
@@ -65,20 +65,15 @@ class _WindowAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, y, sums = ctx.saved_tensors
-        q, k, v, prefix_k, prefix_v, _ = inputs
+        q, k, v, prefix_k, prefix_v, first, y, sums = ctx.saved_tensors
         grads = [torch.empty(q.shape, dtype=q.dtype)]
         grads += [torch.zeros(x.shape, dtype=x.dtype) for x in (k, v, prefix_k, prefix_v)]
-        arrays = [*map(np.asarray, _strided(y)), sums.numpy(), *map(np.asarray, _strided(d_y))]
-        arguments = (_inputs(*inputs, *ctx.options), *arrays, *(x.numpy() for x in grads))
-        window, per, _ = ctx.options
-        run_tasks(_loops().backward, arguments, k.shape[0] * k.shape[2], 2 * _work(q, k, window, per))
+        rows, loops = _rows(q, k, v, prefix_k, prefix_v, y, d_y), _loops()
+        window, per, scale = ctx.options
+        options = _options(first, window, per, scale, q, k, prefix_k)
+        arguments = (*_places(rows), options, sums.numpy(), *(x.numpy() for x in grads))
+        run_parts(loops.backward, loops.backward_region, arguments, 2 * _work(q, k, window, per))
         return *grads, *(None,) * 4
-
-
-def _strided(x: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    array, strides = _flat(x)
-    return array, np.array(strides)
 
 
 def window_attention_fused(

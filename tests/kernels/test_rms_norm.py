@@ -29,6 +29,19 @@ def test_dtypes_and_zeros(dtype):
     torch.testing.assert_close(y, F.rms_norm(x, (30,), torch.ones(30, dtype=dtype), 1e-6))
 
 
+def test_two_threads_give_the_same_numbers():
+    x, weight = torch.randn(601, 256, requires_grad=True), torch.randn(256, requires_grad=True)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            y = rms_norm(x, weight, 1e-6)
+            results.append([y, *torch.autograd.grad(y.square().sum(), [x, weight])])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
 def test_compiles_as_one_graph():
     x, weight = torch.randn(3, 16, requires_grad=True), torch.randn(16, requires_grad=True)
     compiled = torch.compile(rms_norm, fullgraph=True, backend="aot_eager")(x, weight, 1e-6)

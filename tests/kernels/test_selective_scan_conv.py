@@ -32,7 +32,7 @@ def expected(x, weight, bias, tail, activation):
 
 
 @pytest.mark.parametrize("activation", ["silu", None])
-@pytest.mark.parametrize("time", [1, 2, 3, 4, 50])
+@pytest.mark.parametrize("time", [1, 2, 3, 4, 16, 50])
 @pytest.mark.parametrize("width", [1, 2, 4])
 def test_matches_conv1d(both_paths, activation, time, width):
     tensors = [v.requires_grad_() for v in make_inputs(time=time, width=width)]
@@ -85,6 +85,20 @@ def test_tail_does_not_keep_the_sequence_alive(both_paths):
     x, weight, bias, _ = make_inputs(time=64)
     for _, tail in (causal_conv1d(x, weight, bias), causal_conv1d(x, weight, bias, mask=torch.ones(2, 64))):
         assert tail.untyped_storage().nbytes() == tail.numel() * tail.element_size()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_two_threads_give_the_same_numbers(dtype):
+    tensors = [v.requires_grad_() for v in make_inputs(time=150, dtype=dtype)]
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            y, _ = causal_conv1d(*tensors)
+            results.append([y, *torch.autograd.grad(y.square().sum(), tensors)])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
 @pytest.mark.parametrize("time", [1, 7])

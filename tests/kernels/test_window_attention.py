@@ -65,6 +65,14 @@ def test_large_scores_and_what_is_not_seen_do_no_harm():
     torch.testing.assert_close(window_attention(q, k, v, 10)[:, 29:], expected[:, 29:], rtol=1e-10, atol=1e-10)
 
 
+def test_scores_that_are_not_numbers_stay_so():
+    q, k, v = (x.detach().float() for x in inputs(40, 0, (2, 2), 16, 0, 1)[:3])
+    q[0, 7] = torch.nan
+    y, expected = window_attention(q, k, v, 10), reference(q, k, v, 10)
+    assert y[0, 7].isnan().all()
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
 def test_two_threads_give_the_same_numbers():
     leaves = inputs(600, 0, (4, 2), 16, 3, 1)
     threads, results = torch.get_num_threads(), []
