@@ -15,7 +15,7 @@ from numba import float32, float64, njit, void
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from memzoo.kernels.selective_scan.fused_kernels import OPTIONS
+from memzoo.kernels.compiled import OPTIONS
 
 PAD = 16
 
@@ -25,13 +25,14 @@ VECTOR = 64 if _wide else 16 if _arm else 32  # bytes
 SUMS = 16 if _wide or _arm else 8  # vectors of sums: half of the registers
 
 
-def _tile(rows: int, vectors: int, terms: int, fetch: bool = False):
-    """tile(out, m, n, x, y, X, Y, A, B, ahead, step): the rows x vectors of out at [m, n] are those of
-    A B + x X + y Y, or of the first one or two of these terms. If `fetch`, it asks for the memory at `ahead` and on,
-    `step` bytes for every column of A."""
+def _tile(vectors: int):
+    """tile(out, m, n, A, B, x, X, y, Y, ahead, place, step): SUMS / vectors rows and `vectors` vectors of out at
+    [m, n] are those of A B + x X + y Y; X and Y may be None. Unless `ahead` is None it asks for the memory at `place`
+    and on, `step` bytes for every column of A."""
+    rows = SUMS // vectors
 
     @intrinsic
-    def tile(_, out, m, n, x, y, X, Y, A, B, ahead, step):
+    def tile(_, out, m, n, A, B, x, X, y, Y, ahead, place, step):
         def generate(context, builder, signature, args):
             real, i64 = context.get_value_type(signature.args[0].dtype), ir.IntType(64)
             size = signature.args[0].dtype.bitwidth // 8
@@ -50,26 +51,28 @@ def _tile(rows: int, vectors: int, terms: int, fetch: bool = False):
             def load(place, kind):
                 return builder.load(builder.inttoptr(place, kind.as_pointer()), align=size)
 
-            (A, (A_row, A_k), A_shape), (B, (B_k, _), _) = array(7), array(8)
-            (m, n, x, y), (ahead, step) = args[1:5], args[9:]
-            C, X, Y = ((at(place, (m, row), (n, size)), row) for place, (row, _), _ in map(array, (0, 5, 6)))
+            (m, n), (asked, step) = args[1:3], args[10:]
+            (A, (A_row, A_k), A_shape), (B, (B_k, _), _) = array(3), array(4)
             A, B = at(A, (m, A_row)), at(B, (n, size))
+            terms = [(args[i - 1], *array(i)[:2]) for i in (6, 8) if signature.args[i] != types.none]
+            terms = [(factor, at(place, (m, row), (n, size)), row) for factor, place, (row, _) in terms]
+            fetch = signature.args[9] != types.none
             A_rows = [at(ir.Constant(i64, 0), (r, A_row)) for r in range(rows)]
             before, loop = builder.block, builder.append_basic_block("k")
             after = builder.append_basic_block("store")
             builder.branch(loop)
             builder.position_at_end(loop)
-            k, a, b, there = (builder.phi(i64) for _ in range(4))
+            k, a, b, *there = (builder.phi(i64) for _ in range(4 if fetch else 3))
             sums = [[builder.phi(vector) for _ in range(vectors)] for _ in range(rows)]
             if fetch:
-                ask(builder, there)
+                ask(builder, *there)
             columns = [load(at(b, (j, VECTOR)), vector) for j in range(vectors)]
             new = []
             for row, old in zip(A_rows, sums):
                 value = splat(builder, load(builder.add(a, row), real), vector)
                 new.append([multiply_add(builder, value, column, s) for column, s in zip(columns, old)])
-            following = at(k, (1, 1)), at(a, (1, A_k)), at(b, (1, B_k)), at(there, (1, step))
-            for phi, first, then in zip((k, a, b, there), (ir.Constant(i64, 0), A, B, ahead), following):
+            following = [at(k, (1, 1)), at(a, (1, A_k)), at(b, (1, B_k)), *(at(x, (1, step)) for x in there)]
+            for phi, first, then in zip((k, a, b, *there), (ir.Constant(i64, 0), A, B, asked), following):
                 phi.add_incoming(first, before)
                 phi.add_incoming(then, loop)
             for old, then in zip(chain(*sums), chain(*new)):
@@ -78,17 +81,19 @@ def _tile(rows: int, vectors: int, terms: int, fetch: bool = False):
             count = builder.extract_value(A_shape, 1)
             builder.cbranch(builder.icmp_signed("<", following[0], count), loop, after)
             builder.position_at_end(after)
+            C, (C_row, _), _ = array(0)
+            C = at(C, (m, C_row), (n, size))
             for r in range(rows):
                 for j in range(vectors):
                     value = new[r][j]
-                    for factor, (place, row) in ((x, X), (y, Y))[: terms - 1]:
-                        there = load(at(place, (r, row), (j, VECTOR)), vector)
-                        value = multiply_add(builder, splat(builder, factor, vector), there, value)
-                    place = at(C[0], (r, C[1]), (j, VECTOR))
+                    for factor, place, row in terms:
+                        old = load(at(place, (r, row), (j, VECTOR)), vector)
+                        value = multiply_add(builder, splat(builder, factor, vector), old, value)
+                    place = at(C, (r, C_row), (j, VECTOR))
                     builder.store(value, builder.inttoptr(place, vector.as_pointer()), align=size)
             return context.get_dummy_value()
 
-        return types.void(out, m, n, x, y, X, Y, A, B, types.int64, types.int64), generate
+        return types.void(out, m, n, A, B, x, X, y, Y, ahead, types.int64, types.int64), generate
 
     return tile
 
@@ -167,12 +172,45 @@ def _prefetch(_, address):
     return types.void(types.int64), generate
 
 
-SHAPES = [(SUMS, 1), (SUMS // 2, 2), (SUMS // 4, 4)]
-_set1, _set2, _set4 = (_tile(*shape, 1) for shape in SHAPES)
-_add1, _add2, _add4 = (_tile(*shape, 2) for shape in SHAPES)
-_mix1, _mix2, _mix4 = (_tile(*shape, 3) for shape in SHAPES)
-_fetch_set1, _fetch_set2, _fetch_set4 = (_tile(*shape, 1, fetch=True) for shape in SHAPES)
-_fetch_add1, _fetch_add2, _fetch_add4 = (_tile(*shape, 2, fetch=True) for shape in SHAPES)
+# What is asked for during products: memory from one address on, and rows at any addresses, a few with every tile. In
+# `state` that address, the bytes for every column of A, the first and last row, rows a tile, bytes of a row.
+Ahead = namedtuple("Ahead", "rows state")
+
+
+@njit(**OPTIONS)
+def _come_near(ahead, columns):
+    """Ask for the rows that go with a tile; where its products ask, and the bytes for each of so many columns of A."""
+    if ahead is None:
+        return 0, 0
+    state = ahead.state
+    first, last = state[2], min(state[2] + state[4], state[3])
+    for i in range(first, last):
+        for line in range(0, state[5], 64):
+            _prefetch(ahead.rows[i] + line)
+    state[2] = last
+    state[0] += state[1] * columns
+    return state[0] - state[1] * columns, state[1]
+
+
+_tile1, _tile2, _tile4 = _tile(1), _tile(2), _tile(4)
+
+
+@njit(**OPTIONS)
+def _walk(out, A, B, x, X, y, Y, ahead):
+    """out = A B + x X + y Y, tile by tile."""
+    lanes = VECTOR // out.itemsize
+    M, N = out.shape
+    wide = N // (4 * lanes) * 4 * lanes
+    half = N // (2 * lanes) * 2 * lanes
+    for n in range(0, wide, 4 * lanes):
+        for m in range(0, M, SUMS // 4):
+            _tile4(out, m, n, A, B, x, X, y, Y, ahead, *_come_near(ahead, A.shape[1]))
+    for n in range(wide, half, 2 * lanes):
+        for m in range(0, M, SUMS // 2):
+            _tile2(out, m, n, A, B, x, X, y, Y, ahead, *_come_near(ahead, A.shape[1]))
+    for n in range(half, N, lanes):
+        for m in range(0, M, SUMS):
+            _tile1(out, m, n, A, B, x, X, y, Y, ahead, *_come_near(ahead, A.shape[1]))
 
 
 def _signatures(*kinds: str) -> list:
@@ -183,61 +221,25 @@ def _signatures(*kinds: str) -> list:
 @njit(_signatures("array", "array", "array"), **OPTIONS)
 def product(out, A, B):
     """out = A B."""
-    lanes, zero = VECTOR // out.itemsize, out.dtype.type(0)
-    M, N = out.shape
-    wide = N // (4 * lanes) * 4 * lanes
-    half = N // (2 * lanes) * 2 * lanes
-    for n in range(0, wide, 4 * lanes):
-        for m in range(0, M, SUMS // 4):
-            _set4(out, m, n, zero, zero, out, out, A, B, 0, 0)
-    for n in range(wide, half, 2 * lanes):
-        for m in range(0, M, SUMS // 2):
-            _set2(out, m, n, zero, zero, out, out, A, B, 0, 0)
-    for n in range(half, N, lanes):
-        for m in range(0, M, SUMS):
-            _set1(out, m, n, zero, zero, out, out, A, B, 0, 0)
+    _walk(out, A, B, None, None, None, None, None)
 
 
 @njit(_signatures("array", "number", "array", "array", "array"), **OPTIONS)
 def scale_add(out, x, X, A, B):
     """out = x X + A B."""
-    lanes = VECTOR // out.itemsize
-    M, N = out.shape
-    wide = N // (4 * lanes) * 4 * lanes
-    half = N // (2 * lanes) * 2 * lanes
-    for n in range(0, wide, 4 * lanes):
-        for m in range(0, M, SUMS // 4):
-            _add4(out, m, n, x, x, X, X, A, B, 0, 0)
-    for n in range(wide, half, 2 * lanes):
-        for m in range(0, M, SUMS // 2):
-            _add2(out, m, n, x, x, X, X, A, B, 0, 0)
-    for n in range(half, N, lanes):
-        for m in range(0, M, SUMS):
-            _add1(out, m, n, x, x, X, X, A, B, 0, 0)
+    _walk(out, A, B, x, X, None, None, None)
 
 
 @njit(_signatures("array", "number", "array", "number", "array", "array", "array"), **OPTIONS)
 def mix_add(out, x, X, y, Y, A, B):
     """out = x X + y Y + A B."""
-    lanes = VECTOR // out.itemsize
-    M, N = out.shape
-    wide = N // (4 * lanes) * 4 * lanes
-    half = N // (2 * lanes) * 2 * lanes
-    for n in range(0, wide, 4 * lanes):
-        for m in range(0, M, SUMS // 4):
-            _mix4(out, m, n, x, y, X, Y, A, B, 0, 0)
-    for n in range(wide, half, 2 * lanes):
-        for m in range(0, M, SUMS // 2):
-            _mix2(out, m, n, x, y, X, Y, A, B, 0, 0)
-    for n in range(half, N, lanes):
-        for m in range(0, M, SUMS):
-            _mix1(out, m, n, x, y, X, Y, A, B, 0, 0)
+    _walk(out, A, B, x, X, y, Y, None)
 
 
 @njit(_signatures("array", "array", "array"), **OPTIONS)
 def add_product(out, A, B):
     """out += A B."""
-    scale_add(out, out.dtype.type(1), out, A, B)
+    _walk(out, A, B, out.dtype.type(1), out, None, None, None)
 
 
 @njit([void(real[:, :], real[:, :]) for real in (float32, float64)], **OPTIONS)
@@ -257,52 +259,10 @@ def prefetch(x, start, length):
         _prefetch(first + line)
 
 
-# What is asked for during products: memory from one address on, and rows at any addresses, a few with every tile. In
-# `state` that address, the bytes for every column of A, the first and last row, rows a tile, bytes of a row.
-Ahead = namedtuple("Ahead", "rows state")
-
-
-@njit(**OPTIONS)
-def _ask_for_rows(ahead):
-    state = ahead.state
-    first, last = state[2], min(state[2] + state[4], state[3])
-    for i in range(first, last):
-        for line in range(0, state[5], 64):
-            _prefetch(ahead.rows[i] + line)
-    state[2] = last
-
-
 @njit(**OPTIONS)
 def product_ahead(out, x, X, A, B, ahead):
     """out = x X + A B, while memory that later products read comes near."""
-    lanes, zero = VECTOR // out.itemsize, out.dtype.type(0)
-    M, N = out.shape
-    wide = N // (4 * lanes) * 4 * lanes
-    half = N // (2 * lanes) * 2 * lanes
-    at, step = ahead.state[0], ahead.state[1]
-    stride = step * A.shape[1]
-    for n in range(0, wide, 4 * lanes):
-        for m in range(0, M, SUMS // 4):
-            _ask_for_rows(ahead)
-            if x == 0:
-                _fetch_set4(out, m, n, zero, zero, out, out, A, B, at, step)
-            else:
-                _fetch_add4(out, m, n, x, x, X, X, A, B, at, step)
-            at += stride
-    for n in range(wide, half, 2 * lanes):
-        for m in range(0, M, SUMS // 2):
-            _ask_for_rows(ahead)
-            if x == 0:
-                _fetch_set2(out, m, n, zero, zero, out, out, A, B, at, step)
-            else:
-                _fetch_add2(out, m, n, x, x, X, X, A, B, at, step)
-            at += stride
-    for n in range(half, N, lanes):
-        for m in range(0, M, SUMS):
-            _ask_for_rows(ahead)
-            if x == 0:
-                _fetch_set1(out, m, n, zero, zero, out, out, A, B, at, step)
-            else:
-                _fetch_add1(out, m, n, x, x, X, X, A, B, at, step)
-            at += stride
-    ahead.state[0] = at
+    if x == 0:
+        _walk(out, A, B, None, None, None, None, ahead)
+    else:
+        _walk(out, A, B, x, X, None, None, ahead)

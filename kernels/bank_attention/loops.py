@@ -12,8 +12,8 @@ import numpy as np
 from numba import njit
 
 from memzoo.kernels.bank_attention.vectors import LOG2_E, exponentials, gather_rows, largest, mix_row, scale_row
+from memzoo.kernels.compiled import OPTIONS
 from memzoo.kernels.selective_scan.elementwise import exp
-from memzoo.kernels.selective_scan.fused_kernels import OPTIONS
 from memzoo.kernels.tiles import PAD, SUMS, VECTOR, Ahead, product_ahead
 
 ROWS = 64  # of a tile

@@ -23,8 +23,8 @@ from memzoo.kernels.bank_attention.loops import (
     whole_rows,
 )
 from memzoo.kernels.bank_attention.vectors import LOG2_E, exponentials, gather_rows, largest, mix_row, products, slopes
+from memzoo.kernels.compiled import OPTIONS
 from memzoo.kernels.selective_scan.elementwise import exp
-from memzoo.kernels.selective_scan.fused_kernels import OPTIONS
 from memzoo.kernels.tiles import add_product, product
 
 BLOCK = 512  # keys whose gradients are summed before the next ones

@@ -13,7 +13,7 @@ from numba import njit
 from numba.core import types
 from numba.extending import intrinsic
 
-from memzoo.kernels.selective_scan.fused_kernels import OPTIONS
+from memzoo.kernels.compiled import OPTIONS
 from memzoo.kernels.tiles import VECTOR, multiply_add, pointer, splat, turn
 
 LOG2_E = math.log2(math.e)

@@ -9,8 +9,8 @@ from numba import carray, njit, types
 from numba.extending import intrinsic
 
 from memzoo.kernels.bank_attention.loops import forward, sort_pairs
+from memzoo.kernels.compiled import FAST, OPTIONS
 from memzoo.kernels.regions import run
-from memzoo.kernels.selective_scan.fused_kernels import FAST, OPTIONS
 
 
 @intrinsic

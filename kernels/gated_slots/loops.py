@@ -10,11 +10,11 @@ from collections import namedtuple
 import numpy as np
 from numba import njit
 
+from memzoo.kernels.compiled import FAST, OPTIONS
 from memzoo.kernels.gated_slots.fused import CHUNK, SEGMENT
 from memzoo.kernels.gated_slots.reference import MAX_ERASE
 from memzoo.kernels.memory_gru.elements import maximum
 from memzoo.kernels.selective_scan.elementwise import exp
-from memzoo.kernels.selective_scan.fused_kernels import FAST, OPTIONS
 from memzoo.kernels.tiles import PAD, add_product, product, transpose
 
 # Q, K, w, keep, up = P_{t-1}, down = 1 / P_t, ends = K P_C [CHUNK, S]; value, dy [CHUNK, m]; A [CHUNK, CHUNK]

@@ -3,7 +3,7 @@
 import numpy as np
 from numba import njit
 
-from memzoo.kernels.selective_scan.fused_kernels import FAST, OPTIONS
+from memzoo.kernels.compiled import FAST, OPTIONS
 
 BLOCK = 64
 

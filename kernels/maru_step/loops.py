@@ -3,10 +3,10 @@
 import numpy as np
 from numba import njit
 
+from memzoo.kernels.compiled import OPTIONS
 from memzoo.kernels.memory_gru.elements import add_matvec
 from memzoo.kernels.memory_mingru.loops import step as cell_step
 from memzoo.kernels.rms_norm.loops import forward as norm
-from memzoo.kernels.selective_scan.fused_kernels import OPTIONS
 from memzoo.kernels.selective_scan.mixer_kernel import linear
 from memzoo.kernels.selective_scan.mixer_kernel import step as mixer_step
 

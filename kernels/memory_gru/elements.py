@@ -1,7 +1,5 @@
 """What memory_gru's compiled loops and those of other kernels share: functions of one number, vectors, a matrix and a
 vector, in float32 and float64.
-
-Numba's cache on disk does not notice a change here: touch the files of the loops after one.
 """
 
 from functools import partial
@@ -11,15 +9,14 @@ import numpy as np
 from numba.core import types
 from numba.extending import intrinsic
 
+from memzoo.kernels.compiled import OPTIONS
+
 # Not nnan and ninf: a NaN must come out as NaN.
 FASTMATH = {"reassoc", "contract", "arcp", "nsz", "afn"}
 
 
 def jit(function, fastmath=FASTMATH):
-    try:
-        return numba.njit(nogil=True, fastmath=fastmath, error_model="numpy", cache=True)(function)
-    except RuntimeError:  # nowhere to write the cache: compile in every process
-        return numba.njit(nogil=True, fastmath=fastmath, error_model="numpy")(function)
+    return numba.njit(fastmath=fastmath, **OPTIONS)(function)
 
 
 @intrinsic

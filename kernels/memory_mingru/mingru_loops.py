@@ -3,8 +3,8 @@
 import numpy as np
 from numba import njit
 
+from memzoo.kernels.compiled import FAST, OPTIONS
 from memzoo.kernels.memory_gru.elements import sigmoid, tanh
-from memzoo.kernels.selective_scan.fused_kernels import FAST, OPTIONS
 
 BLOCK = 64
 

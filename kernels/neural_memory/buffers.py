@@ -9,8 +9,8 @@ import numpy as np
 from numba import njit
 
 from memzoo.kernels.addresses import flat
+from memzoo.kernels.compiled import OPTIONS
 from memzoo.kernels.neural_memory.rows import aligned
-from memzoo.kernels.selective_scan.fused_kernels import OPTIONS
 from memzoo.kernels.tiles import PAD
 
 Rule = namedtuple(

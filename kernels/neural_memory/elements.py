@@ -1,23 +1,17 @@
 """What the compiled loops do element by element: activations with two derivatives, norms and factors.
 
-Features are rows and tokens are columns, [d, n]; `kind` is 0 for silu and 1 for gelu. Numba's cache on disk knows a
-loop by the contents of its own file and does not notice a change here or in another file that it imports: delete
-__pycache__/*.nb* after one.
+Features are rows and tokens are columns, [d, n]; `kind` is 0 for silu and 1 for gelu.
 """
 
 import math
 
 import numpy as np
 from numba import njit, types
-from numba.core.options import DefaultOptions
 from numba.extending import overload
 
+from memzoo.kernels.compiled import FAST, UNCOUNTED
 from memzoo.kernels.selective_scan.elementwise import exp32, sigmoid
-from memzoo.kernels.selective_scan.fused_kernels import FAST, OPTIONS
 
-# for functions that allocate nothing: numba then does not count references to every view that they make of an array;
-# the option is numba's own, so a version may come without it
-UNCOUNTED = {**OPTIONS, "_nrt": False} if hasattr(DefaultOptions, "_nrt") else OPTIONS
 KINDS = {"silu": 0, "gelu": 1}
 NORMAL = 1 / math.sqrt(2 * math.pi)
 # erf to 1.5e-7: Abramowitz and Stegun 7.1.26

@@ -3,9 +3,9 @@
 import numpy as np
 from numba import njit
 
+from memzoo.kernels.compiled import FAST, OPTIONS
 from memzoo.kernels.neural_memory.gated_norm import TASKS
 from memzoo.kernels.selective_scan.elementwise import sigmoid
-from memzoo.kernels.selective_scan.fused_kernels import FAST, OPTIONS
 
 
 @njit(fastmath=FAST, **OPTIONS)

@@ -11,8 +11,8 @@ Index legend: L layers, features are rows and tokens columns ([P, block], P the 
 import numpy as np
 from numba import njit
 
+from memzoo.kernels.compiled import FAST, UNCOUNTED
 from memzoo.kernels.neural_memory.elements import (
-    UNCOUNTED,
     activate,
     activate_with_slope,
     copy,
@@ -20,7 +20,6 @@ from memzoo.kernels.neural_memory.elements import (
     scale_columns,
     square_norms,
 )
-from memzoo.kernels.selective_scan.fused_kernels import FAST
 from memzoo.kernels.tiles import add_product, mix_add, product, scale_add, transpose
 
 

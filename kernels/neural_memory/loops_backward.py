@@ -8,8 +8,8 @@ from collections import namedtuple
 import numpy as np
 from numba import njit
 
+from memzoo.kernels.compiled import FAST, OPTIONS, UNCOUNTED
 from memzoo.kernels.neural_memory.elements import (
-    UNCOUNTED,
     activate_with_slope,
     add_column_dots,
     add_columns,
@@ -26,7 +26,6 @@ from memzoo.kernels.neural_memory.loops import (
 from memzoo.kernels.neural_memory.rows import (
     aligned,
 )
-from memzoo.kernels.selective_scan.fused_kernels import FAST, OPTIONS
 from memzoo.kernels.tiles import add_product, mix_add, product, scale_add, transpose
 
 # Gradients of a segment's h and delta [slots, L, P, block] and of the gates [slots, block].

@@ -8,8 +8,7 @@ import numpy as np
 from numba import njit
 
 from memzoo.kernels.addresses import flat
-from memzoo.kernels.neural_memory.elements import UNCOUNTED
-from memzoo.kernels.selective_scan.fused_kernels import FAST, OPTIONS
+from memzoo.kernels.compiled import FAST, OPTIONS, UNCOUNTED
 from memzoo.kernels.tiles import prefetch
 
 

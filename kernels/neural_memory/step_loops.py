@@ -4,10 +4,10 @@ import numpy as np
 from numba import njit
 
 from memzoo.kernels.addresses import flat
+from memzoo.kernels.compiled import FAST, OPTIONS
 from memzoo.kernels.denormals import FLUSH, rounding_mode, set_rounding_mode
 from memzoo.kernels.neural_memory.elements import activate, copy, differentiate
 from memzoo.kernels.regions import run
-from memzoo.kernels.selective_scan.fused_kernels import FAST, OPTIONS
 
 
 @njit(fastmath=FAST, **OPTIONS)

@@ -6,9 +6,10 @@ import numpy as np
 from numba import njit
 
 from memzoo.kernels.addresses import flat
+from memzoo.kernels.compiled import FAST, OPTIONS, UNCOUNTED
 from memzoo.kernels.denormals import FLUSH, rounding_mode, set_rounding_mode
 from memzoo.kernels.neural_memory.buffers import blocks_of, decays_of, states_of, tokens_of
-from memzoo.kernels.neural_memory.elements import UNCOUNTED, copy
+from memzoo.kernels.neural_memory.elements import copy
 from memzoo.kernels.neural_memory.loops import advance, complete, decay, keep_hidden, read, surprise
 from memzoo.kernels.neural_memory.rows import (
     aligned,
@@ -24,7 +25,6 @@ from memzoo.kernels.neural_memory.rows import (
     store_state,
 )
 from memzoo.kernels.regions import run
-from memzoo.kernels.selective_scan.fused_kernels import FAST, OPTIONS
 from memzoo.kernels.tiles import prefetch, transpose
 
 Buffers = namedtuple("Buffers", "block decays chunk now outputs scratch target query rows gates inverse index")

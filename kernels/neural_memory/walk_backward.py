@@ -6,9 +6,9 @@ import numpy as np
 from numba import njit
 
 from memzoo.kernels.addresses import flat
+from memzoo.kernels.compiled import FAST, OPTIONS, UNCOUNTED
 from memzoo.kernels.denormals import FLUSH, rounding_mode, set_rounding_mode
 from memzoo.kernels.neural_memory.buffers import blocks_of, decays_of, states_of, tokens_of
-from memzoo.kernels.neural_memory.elements import UNCOUNTED
 from memzoo.kernels.neural_memory.loops import advance, complete, decay
 from memzoo.kernels.neural_memory.loops_backward import (
     DecayGrads,
@@ -37,7 +37,6 @@ from memzoo.kernels.neural_memory.rows import (
 )
 from memzoo.kernels.neural_memory.walk import load_gates
 from memzoo.kernels.regions import run
-from memzoo.kernels.selective_scan.fused_kernels import FAST, OPTIONS
 from memzoo.kernels.tiles import transpose
 
 # Tokens of a block: where its first one is, how many; the first block of every chunk of the segment, and one past it.

@@ -3,9 +3,8 @@
 import numpy as np
 from numba import njit
 
-from memzoo.kernels.neural_memory.elements import UNCOUNTED
+from memzoo.kernels.compiled import FAST, OPTIONS, UNCOUNTED
 from memzoo.kernels.regions import run
-from memzoo.kernels.selective_scan.fused_kernels import FAST, OPTIONS
 
 
 @njit(fastmath=FAST, **UNCOUNTED)

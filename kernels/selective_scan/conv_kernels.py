@@ -9,11 +9,10 @@ import numpy as np
 from numba import njit
 
 from memzoo.kernels.addresses import flat
-from memzoo.kernels.neural_memory.elements import UNCOUNTED
+from memzoo.kernels.compiled import FAST, OPTIONS, UNCOUNTED
 from memzoo.kernels.regions import run
 from memzoo.kernels.selective_scan.common import CHUNK
 from memzoo.kernels.selective_scan.elementwise import sigmoid
-from memzoo.kernels.selective_scan.fused_kernels import FAST, OPTIONS
 
 STEPS = 4  # that a sum over time adds at once
 LINE = 16  # channels: parts begin at multiples

@@ -10,24 +10,10 @@ chunk, backward recomputes a chunk from there and walks it in reverse.
 import numpy as np
 from numba import njit
 
+from memzoo.kernels.compiled import FAST, OPTIONS
 from memzoo.kernels.selective_scan.elementwise import exp, sigmoid, softplus
 
 BLOCK = 64
-
-# Sums over channels may be reordered; infinities and NaN keep their meaning.
-FAST = {"contract", "reassoc", "nsz", "arcp"}
-
-
-def _can_cache() -> bool:
-    """Whether numba finds a folder to keep compiled code in; without one cache=True raises."""
-    try:
-        njit(cache=True)(_can_cache)
-    except RuntimeError:
-        return False
-    return True
-
-
-OPTIONS = {"nogil": True, "error_model": "numpy", "cache": _can_cache()}
 
 
 @njit(fastmath=FAST, **OPTIONS)

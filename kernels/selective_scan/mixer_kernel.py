@@ -3,9 +3,9 @@
 import numpy as np
 from numba import njit
 
+from memzoo.kernels.compiled import FAST, OPTIONS
 from memzoo.kernels.memory_gru.elements import add_matvec
 from memzoo.kernels.selective_scan.elementwise import exp, sigmoid, softplus
-from memzoo.kernels.selective_scan.fused_kernels import FAST, OPTIONS
 
 
 @njit(**OPTIONS)

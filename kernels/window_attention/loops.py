@@ -16,10 +16,9 @@ from numba.extending import intrinsic
 
 from memzoo.kernels.addresses import flat
 from memzoo.kernels.bank_attention.loops import aligned
-from memzoo.kernels.neural_memory.elements import UNCOUNTED
+from memzoo.kernels.compiled import FAST, OPTIONS, UNCOUNTED
 from memzoo.kernels.regions import run
 from memzoo.kernels.selective_scan.elementwise import exp
-from memzoo.kernels.selective_scan.fused_kernels import FAST, OPTIONS
 from memzoo.kernels.tiles import PAD, add_product, product, transpose
 
 BLOCK = 32  # queries
@@ -122,7 +121,7 @@ def scores(x, span, queries, low, width, out):
 
 @njit(**UNCOUNTED)
 def hide(x, row, begin, left, right, end, value):
-    """Columns that a query does not see. Assigning to slices takes several times as long."""
+    """Columns that a query does not see."""
     for j in range(x.prefix, left):
         row[j] = value
     for j in range(right, end):

@@ -54,13 +54,12 @@ def test_every_family_loads_without_memzoo(tmp_path, missing):
 
 
 def logits_of(folders, missing, scratch):
-    """In a process of its own that compiles everything: numba's code from its cache may round differently."""
+    """By folder, from a process of its own in which the modules in `missing` cannot be imported."""
     scratch.mkdir()
-    caches = {"HF_MODULES_CACHE": str(scratch / "modules"), "NUMBA_CACHE_DIR": str(scratch / "numba")}
     arguments = [json.dumps(folders), str(scratch / "logits.pt"), json.dumps(missing)]
     done = subprocess.run(
         [sys.executable, "-P", "-c", LOAD, *arguments],
-        env={**os.environ, **caches, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "HF_MODULES_CACHE": str(scratch / "modules"), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
