@@ -81,9 +81,9 @@ def step(part, parts, places, matrices, mask, shape, rule):
         if mask.shape[0] > 0 and not mask[b, 0]:
             y[:] = 0
             for l in range(L):
-                for part in range(2):
-                    before = _matrix(matrices[part, l], b, head, rule, l)
-                    copy(before, _matrix(matrices[3 + part, l], b, head, rule, l))
+                for group in range(2):
+                    before = _matrix(matrices[group, l], b, head, rule, l)
+                    copy(before, _matrix(matrices[3 + group, l], b, head, rule, l))
             continue
         query, key, value = (
             _row(places[0], b, head, rule, dk),

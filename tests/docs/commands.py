@@ -84,6 +84,7 @@ SLOW = {
     "python benchmarks/optimizers.py": "--hidden-size 8 --steps 20 --rates 1e-2 --seeds 1 --eval-bytes 256",
     "python benchmarks/selective_scan.py": "--shape 1,32,16,4 --rounds 1",
     "python benchmarks/slot_memory.py": "--rounds 1",
+    "python benchmarks/small_kernels.py": "--rounds 1",
     "python benchmarks/titan_mac.py --growth": "--rounds 1 --dim 64 --layers 1 --vocab 100",
     "python examples/agent.py": "--steps 1024 --seeds 1 --length 3 --out agent.png",
 }
