@@ -51,6 +51,7 @@ def _is_ours(name: str) -> bool:
     return name.partition(".")[0] == __name__.partition(".")[0] and name in sys.modules
 
 
+@functools.cache
 def _imports(name: str) -> set[str]:
     """The modules of this package that one of them imports when it is loaded."""
     module, found = sys.modules[name], set()

@@ -10,6 +10,7 @@ Shapes are multiples of PAD. All arrays are [rows, columns], float32 or float64.
 from collections import namedtuple
 from itertools import chain
 
+import numpy as np
 from llvmlite import binding, ir
 from numba import float32, float64, njit, void
 from numba.core import cgutils, types
@@ -190,6 +191,14 @@ def _come_near(ahead, columns):
     state[2] = last
     state[0] += state[1] * columns
     return state[0] - state[1] * columns, state[1]
+
+
+@njit(**OPTIONS)
+def aligned(like, rows, columns):
+    """An empty array from a multiple of 64 bytes on: vectors then never straddle two cache lines."""
+    raw = np.empty(rows * columns + 64 // like.itemsize, like.dtype)
+    first = (-raw.ctypes.data % 64) // like.itemsize
+    return raw[first : first + rows * columns].reshape((rows, columns))
 
 
 _tile1, _tile2, _tile4 = _tile(1), _tile(2), _tile(4)

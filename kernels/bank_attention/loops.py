@@ -14,7 +14,7 @@ from numba import njit
 from memzoo.kernels.bank_attention.vectors import LOG2_E, exponentials, gather_rows, largest, mix_row, scale_row
 from memzoo.kernels.compiled import OPTIONS
 from memzoo.kernels.selective_scan.elementwise import exp
-from memzoo.kernels.tiles import PAD, SUMS, VECTOR, Ahead, product_ahead
+from memzoo.kernels.tiles import PAD, SUMS, VECTOR, Ahead, aligned, product_ahead
 
 ROWS = 64  # of a tile
 KEYS = 256  # whose logits are held at once
@@ -61,14 +61,6 @@ def sort_pairs(chapters, log_weights, bank, heads, kv_heads, parts):
                 if s < S:
                     pair[at], weight[at] = t * S + s, log_weights[t, s] * LOG2_E
     return Plan(token, pair, weight, begin, parts, heads, heads // kv_heads, C, size, shared)
-
-
-@njit(**OPTIONS)
-def aligned(like, rows, columns):
-    """An empty array from a multiple of 64 bytes on: vectors then never straddle two cache lines."""
-    raw = np.empty(rows * columns + 64 // like.itemsize, like.dtype)
-    first = (-raw.ctypes.data % 64) // like.itemsize
-    return raw[first : first + rows * columns].reshape((rows, columns))
 
 
 @njit(**OPTIONS)

@@ -13,7 +13,6 @@ from numba import njit
 from memzoo.kernels.bank_attention.loops import (
     LN2,
     ROWS,
-    aligned,
     keys_of,
     logits_of,
     padded,
@@ -25,7 +24,7 @@ from memzoo.kernels.bank_attention.loops import (
 from memzoo.kernels.bank_attention.vectors import LOG2_E, exponentials, gather_rows, largest, mix_row, products, slopes
 from memzoo.kernels.compiled import OPTIONS
 from memzoo.kernels.selective_scan.elementwise import exp
-from memzoo.kernels.tiles import add_product, product
+from memzoo.kernels.tiles import add_product, aligned, product
 
 BLOCK = 512  # keys whose gradients are summed before the next ones
 NEAR = 128  # keys whose logits are held at once

@@ -5,22 +5,22 @@ Handing an array over from Python takes as long as a tenth of the work, so a ste
 """
 
 import numpy as np
-from numba import carray, njit, types
-from numba.extending import intrinsic
+from numba import njit
 
+from memzoo.kernels.addresses import flat
 from memzoo.kernels.bank_attention.loops import forward, sort_pairs
 from memzoo.kernels.compiled import FAST, OPTIONS
 from memzoo.kernels.regions import run
 
 
-@intrinsic
-def _at(_, address, like):
-    """An address as a pointer to numbers like `like`."""
+@njit(**OPTIONS)
+def _matrix(address, rows, columns, like):
+    return flat(address, like)[: rows * columns].reshape((rows, columns))
 
-    def generate(context, builder, signature, args):
-        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
 
-    return types.CPointer(like)(types.int64, like), generate
+@njit(**OPTIONS)
+def _heads(address, heads, rows, columns, like):
+    return _matrix(address, heads * rows, columns, like).reshape((heads, rows, columns))
 
 
 @njit(fastmath=FAST, **OPTIONS)
@@ -90,11 +90,10 @@ def step(places, sizes, x, y, logits, n, threads, eps, scale):
     """Addresses: places of the weights, of x and y [n, D] and of logits [n, C]; sizes as in `BankStep`. eps < 0: no
     norm. scale: of the logits, in the type of the numbers."""
     D, E, C, heads, N, d, size, shared, top_k, normalize = sizes
-    query, gate = carray(_at(places[0], scale), (E, D)), carray(_at(places[1], scale), (C, D))
-    bias, output = carray(_at(places[2], scale), (C,)), carray(_at(places[5], scale), (D, E))
-    k, v = carray(_at(places[3], scale), (heads, N, d)), carray(_at(places[4], scale), (heads, N, d))
-    rows, result = carray(_at(x, scale), (n, D)), carray(_at(y, scale), (n, D))
-    scores = carray(_at(logits, scale), (n, C))
+    query, gate = _matrix(places[0], E, D, scale), _matrix(places[1], C, D, scale)
+    bias, output = flat(places[2], scale)[:C], _matrix(places[5], D, E, scale)
+    k, v = _heads(places[3], heads, N, d, scale), _heads(places[4], heads, N, d, scale)
+    rows, result, scores = _matrix(x, n, D, scale), _matrix(y, n, D, scale), _matrix(logits, n, C, scale)
     _step(rows, query, gate, bias, k, v, output, result, scores, eps, size, shared, top_k, normalize, scale, threads)
 
 

@@ -10,7 +10,7 @@ from numba import njit
 
 from memzoo.kernels.addresses import flat
 from memzoo.kernels.compiled import OPTIONS
-from memzoo.kernels.neural_memory.rows import aligned
+from memzoo.kernels.neural_memory.rows import room
 from memzoo.kernels.tiles import PAD
 
 Rule = namedtuple(
@@ -39,10 +39,10 @@ def tokens_of(places, mask, position, rule):
 def blocks_of(like, rule, count, forward):
     """`count` blocks; only a forward needs z and g."""
     L, P, n = len(rule.widths) - 1, rule.pads.max(), rule.block
-    parts = aligned(like, 4 * count * L * P, n, rule).reshape((4, count, L, P, n))
+    parts = room(like, 4 * count * L * P, n, rule).reshape((4, count, L, P, n))
     more = 1 if forward else 0
-    inner = aligned(like, 2 * more * count * L * P, n, rule).reshape((2, more * count, L, P, n))
-    rows = aligned(like, count * L * n, P, rule).reshape((count, L, n, P))
+    inner = room(like, 2 * more * count * L * P, n, rule).reshape((2, more * count, L, P, n))
+    rows = room(like, count * L * n, P, rule).reshape((count, L, n, P))
     w = np.zeros((count, n), like.dtype)
     sums = np.zeros((4, n), like.dtype)
     return Block(parts[0], inner[0], inner[1], parts[1], parts[2], parts[3], rows, w, sums)
@@ -51,15 +51,15 @@ def blocks_of(like, rule, count, forward):
 @njit(**OPTIONS)
 def states_of(like, rule, count):
     L, P = len(rule.widths) - 1, rule.pads.max()
-    return aligned(like, count * L * 2 * P, P + PAD, rule).reshape((count, L, 2, P, P + PAD))
+    return room(like, count * L * 2 * P, P + PAD, rule).reshape((count, L, 2, P, P + PAD))
 
 
 @njit(**OPTIONS)
 def decays_of(like, rule):
     n = rule.block
     rows, squares = (
-        aligned(like, 7, n + PAD, rule).reshape((7, n + PAD)),
-        aligned(like, 3 * (n + 1), n, rule).reshape((3, n + 1, n)),
+        room(like, 7, n + PAD, rule),
+        room(like, 3 * (n + 1), n, rule).reshape((3, n + 1, n)),
     )
     return Decays(
         rows[0], rows[1], rows[2], squares[0], squares[1], squares[2], rows[3], rows[4], rows[5, :n], rows[6, :n]

@@ -24,7 +24,7 @@ from memzoo.kernels.neural_memory.loops import (
     drop_small,
 )
 from memzoo.kernels.neural_memory.rows import (
-    aligned,
+    room,
 )
 from memzoo.kernels.tiles import add_product, mix_add, product, scale_add, transpose
 
@@ -38,7 +38,7 @@ Scratch = namedtuple("Scratch", "x rows slope d_r W S both attention sums")
 @njit(**OPTIONS)
 def grads_of(like, rule, count):
     L, P, n = len(rule.widths) - 1, rule.pads.max(), rule.block
-    parts = aligned(like, 2 * count * L * P, n, rule).reshape((2, count, L, P, n))
+    parts = room(like, 2 * count * L * P, n, rule).reshape((2, count, L, P, n))
     gates = np.zeros((3, count, n), like.dtype)
     return Grads(parts[0], parts[1], gates[0], gates[1], gates[2])
 
@@ -46,10 +46,10 @@ def grads_of(like, rule, count):
 @njit(**OPTIONS)
 def scratch_of(like, rule):
     P, n = rule.pads.max(), rule.block
-    wide = aligned(like, 5 * P, n, rule).reshape((5, P, n))
+    wide = room(like, 5 * P, n, rule).reshape((5, P, n))
     return Scratch(
-        wide[0], aligned(like, n, P, rule).reshape((n, P)), wide[1], wide[2], wide[3], wide[4], wide[3:],
-        aligned(like, 4 * n, n, rule).reshape((4, n, n)), np.zeros((2, n), like.dtype),
+        wide[0], room(like, n, P, rule).reshape((n, P)), wide[1], wide[2], wide[3], wide[4], wide[3:],
+        room(like, 4 * n, n, rule).reshape((4, n, n)), np.zeros((2, n), like.dtype),
     )  # fmt: skip
 
 

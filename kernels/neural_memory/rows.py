@@ -9,20 +9,17 @@ from numba import njit
 
 from memzoo.kernels.addresses import flat
 from memzoo.kernels.compiled import FAST, OPTIONS, UNCOUNTED
-from memzoo.kernels.tiles import prefetch
+from memzoo.kernels.tiles import aligned, prefetch
 
 
 @njit(**OPTIONS)
-def aligned(like, rows, columns, rule):
-    """Numbers [rows, columns] from a multiple of 64 bytes on: vectors then never straddle two cache lines.
-
-    Zeros where the rule has paddings, which have to be: else whatever is read was written before."""
-    size = rows * columns
-    raw = np.empty(size + 64 // like.itemsize, like.dtype)
+def room(like, rows, columns, rule):
+    """An aligned array [rows, columns], of zeros where the rule has paddings, which have to be: else whatever is read
+    was written before."""
+    out = aligned(like, rows, columns)
     if rule.padded:
-        raw[:] = 0
-    first = (-raw.ctypes.data % 64) // like.itemsize
-    return raw[first : first + size]
+        out[:] = 0
+    return out
 
 
 @njit(**UNCOUNTED)

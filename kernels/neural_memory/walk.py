@@ -12,7 +12,6 @@ from memzoo.kernels.neural_memory.buffers import blocks_of, decays_of, states_of
 from memzoo.kernels.neural_memory.elements import copy
 from memzoo.kernels.neural_memory.loops import advance, complete, decay, keep_hidden, read, surprise
 from memzoo.kernels.neural_memory.rows import (
-    aligned,
     expect,
     flush,
     gather,
@@ -21,6 +20,7 @@ from memzoo.kernels.neural_memory.rows import (
     normalize,
     pick,
     real_tokens,
+    room,
     scatter,
     store_state,
 )
@@ -35,11 +35,11 @@ def buffers_of(like, rule, T):
     """What `forward` works in."""
     L, P, n = len(rule.widths) - 1, rule.pads.max(), rule.block
     tall = max(P, n)  # one of them holds attention
-    tiles = aligned(like, (L + 5) * tall, n, rule).reshape((L + 5, tall, n))
+    tiles = room(like, (L + 5) * tall, n, rule).reshape((L + 5, tall, n))
     states = states_of(like, rule, 2)
     return Buffers(
         blocks_of(like, rule, 1, True), decays_of(like, rule), states[0], states[1], tiles[5:], tiles[:3], tiles[3],
-        tiles[4], aligned(like, 3 * n, P, rule).reshape((3, n, P)), np.zeros((3, n), like.dtype),
+        tiles[4], room(like, 3 * n, P, rule).reshape((3, n, P)), np.zeros((3, n), like.dtype),
         np.empty(n, like.dtype), np.empty(T, np.int64),
     )  # fmt: skip
 

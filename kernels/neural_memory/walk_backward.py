@@ -23,7 +23,6 @@ from memzoo.kernels.neural_memory.loops_backward import (
 )
 from memzoo.kernels.neural_memory.rows import (
     add,
-    aligned,
     expect,
     flush,
     gather,
@@ -32,6 +31,7 @@ from memzoo.kernels.neural_memory.rows import (
     normalize_backward,
     real_tokens,
     recall_state,
+    room,
     scatter,
     store_state,
 )
@@ -54,13 +54,13 @@ def buffers_of(like, rule, T):
     P, n, per_chunk = rule.pads.max(), rule.block, (rule.chunk + rule.block - 1) // rule.block
     slots = rule.stride * per_chunk
     sums, squares = np.zeros((3, n + 1), like.dtype), np.zeros((2, n + 1, n), like.dtype)
-    more, rows = states_of(like, rule, 3), aligned(like, 3 * n, P, rule).reshape((3, n, P))
+    more, rows = states_of(like, rule, 3), room(like, 3 * n, P, rule).reshape((3, n, P))
     at = np.zeros((2, slots), np.int64)
     return Buffers(
         blocks_of(like, rule, slots, False), decays_of(like, rule), grads_of(like, rule, slots),
         DecayGrads(sums[0], sums[1], sums[2], squares[0], squares[1]), scratch_of(like, rule),
         Places(at[0], at[1], np.zeros(rule.stride + 1, np.int64)), states_of(like, rule, slots), more[0], more[1],
-        more[2], aligned(like, P, n, rule).reshape((P, n)), rows[0], rows[1], rows[2],
+        more[2], room(like, P, n, rule), rows[0], rows[1], rows[2],
         np.zeros((3, slots, n), like.dtype), np.empty((slots + 1, n), like.dtype), np.empty(T, np.int64),
     )  # fmt: skip
 

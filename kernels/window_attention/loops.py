@@ -15,11 +15,10 @@ from numba import njit
 from numba.extending import intrinsic
 
 from memzoo.kernels.addresses import flat
-from memzoo.kernels.bank_attention.loops import aligned
 from memzoo.kernels.compiled import FAST, OPTIONS, UNCOUNTED
 from memzoo.kernels.regions import run
 from memzoo.kernels.selective_scan.elementwise import exp
-from memzoo.kernels.tiles import PAD, add_product, product, transpose
+from memzoo.kernels.tiles import PAD, add_product, aligned, product, transpose
 
 BLOCK = 32  # queries
 SPAN = 256  # queries whose keys are gathered at once
